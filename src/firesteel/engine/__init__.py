@@ -1,0 +1,1 @@
+"""One trainer: everything that touches weights. Knows no HTTP and no recipe."""

@@ -1,0 +1,118 @@
+"""LoRA adapters on a base model, through peft. The only room that knows peft.
+
+Layers are injected into the base network itself; several adapters can live on one base, of which at most
+one is active. With none active a layer computes exactly its base layer: the base model, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from firesteel.engine.models import BaseModel
+from firesteel.sdk.errors import ModelError
+from firesteel.sdk.types import LoraConfig
+
+
+class Adapter:
+    """One LoRA adapter, named, on a base network that stays frozen."""
+
+    def __init__(self, base: BaseModel, name: str, config: LoraConfig) -> None:
+        self._base = base
+        self._name = name
+        self._peft_config = PeftLoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=0.0,
+            target_modules=_target_modules(base.network, config),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            inject_adapter_in_model(self._peft_config, base.network, adapter_name=name)
+        base.network.eval()
+        switch_adapter(base.network, None)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's own weights by name."""
+        marker = f".{self._name}."
+        return {name: p for name, p in self._base.network.named_parameters() if ".lora_" in name and marker in name}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the base with this adapter on; afterwards it is off again."""
+        switch_adapter(self._base.network, self._name)
+        try:
+            yield
+        finally:
+            switch_adapter(self._base.network, None)
+
+    def write(self, folder: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as `peft` reads them."""
+        state = get_peft_model_state_dict(
+            self._base.network,
+            state_dict={name: p.detach() for name, p in self.parameters().items()},
+            adapter_name=self._name,
+            save_embedding_layers=False,
+        )
+        tensors = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self._peft_config.base_model_name_or_path = self._base.name
+        self._peft_config.inference_mode = True
+        self._peft_config.save_pretrained(str(folder))
+
+    def remove(self) -> None:
+        """Take the adapter off the base and free its weights."""
+        for layer in _adapted_layers(self._base.network):
+            if self._name in layer.r:
+                layer.delete_adapter(self._name)
+        self._base.network.peft_config.pop(self._name, None)
+
+
+def switch_adapter(network: PreTrainedModel, name: str | None) -> None:
+    """Activate one adapter of a base, or none."""
+    for layer in _adapted_layers(network):
+        if name is None or name not in layer.r:
+            layer.enable_adapters(False)
+        else:
+            layer.enable_adapters(True)
+            layer.set_adapter([name])
+
+
+def _adapted_layers(network: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in network.modules() if isinstance(module, LoraLayer))
+
+
+def _target_modules(network: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the layers to adapt: last parts (`q_proj`) where these are unambiguous, else whole paths."""
+    head = network.get_output_embeddings()
+    chosen: set[str] = set()
+    others: set[str] = set()
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            module = module.get_base_layer()
+        elif name.endswith(".base_layer") or not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            (chosen if _is_chosen(name, module is head or name == "lm_head", config) else others).add(name)
+    if not chosen:
+        raise ModelError("the LoRA settings choose no linear layer of this model; nothing would be trained")
+    last_parts = {name.rsplit(".", 1)[-1] for name in chosen}
+    unambiguous = last_parts.isdisjoint(name.rsplit(".", 1)[-1] for name in others)
+    return sorted(last_parts if unambiguous else chosen)
+
+
+def _is_chosen(name: str, is_head: bool, config: LoraConfig) -> bool:
+    if is_head:
+        return config.train_unembed
+    return config.train_attn if "attn" in name or "attention" in name else config.train_mlp

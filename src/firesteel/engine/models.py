@@ -1,0 +1,150 @@
+"""Loading base models, and finding out which attention each can run on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from firesteel.catalog import ModelEntry
+from firesteel.engine.attention import TREE_ATTENTION, TreeNotPassedOn, using_attention
+from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
+from firesteel.engine.packing import pack
+from firesteel.sdk.errors import ModelError
+from firesteel.sdk.shapes import TrainingShape
+
+logger = logging.getLogger("firesteel")
+
+# Settings of a configuration that say where a model came from, not what it computes.
+_NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded model whose weights are frozen unless a trainer owns it."""
+
+    name: str
+    folder: Path
+    network: PreTrainedModel
+    attention: Literal["tree", "plain"]
+    native_attention: str
+    """transformers' own choice for this model: what sampling and plain passes use."""
+    max_context_length: int
+    """Tokens of a whole sequence."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that may be read or scored."""
+        return int(self.network.get_input_embeddings().weight.shape[0])
+
+
+def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) -> BaseModel:
+    """Load a folder in Hugging Face's format on the shape's device and in its dtype, frozen, dropout off."""
+    dtype = getattr(torch, shape.dtype)
+    logger.info("loading %s on %s in %s", name, shape.device, shape.dtype)
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=entry.trust_remote_code, use_safetensors=True
+    )
+    network.requires_grad_(False).eval().to(shape.device)
+    native_attention = network.config._attn_implementation
+    reason = why_not_tree(network)
+    if reason is None:
+        network.config._attn_implementation = TREE_ATTENTION
+    else:
+        logger.warning("%s: %s; each sequence is computed by itself (slower, same numbers)", name, reason)
+    return BaseModel(
+        name=name,
+        folder=folder,
+        network=network,
+        attention="plain" if reason else "tree",
+        native_attention=native_attention,
+        max_context_length=_context_length(name, network.config, shape),
+    )
+
+
+def _context_length(name: str, config: PretrainedConfig, shape: TrainingShape) -> int:
+    limits = [shape.max_context_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    known = [limit for limit in limits if limit]
+    if not known:
+        raise ModelError(f"{name}: its config.json has no max_position_embeddings; give the shape a max_context_length")
+    return min(known)
+
+
+def why_not_tree(network: PreTrainedModel) -> str | None:
+    """Why this architecture cannot run on a prefix tree, or None if it can.
+
+    Sliding windows and layers other than plain attention are known by the configuration; whatever else may
+    differ (soft-capping, own masks, keyword arguments that get lost) shows when a small tree is computed
+    both ways.
+    """
+    return _unsuitable_layers(network.config.get_text_config()) or _wrong_on_a_small_tree(network)
+
+
+def _unsuitable_layers(config: Any) -> str | None:
+    kinds = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
+    window = getattr(config, "sliding_window", None)
+    reaches_all = window is None or window >= config.max_position_embeddings
+    if kinds == {"sliding_attention"} and reaches_all:
+        kinds = set()
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    if not reaches_all and getattr(config, "use_sliding_window", True):
+        return f"it attends to a sliding window of {window} tokens"
+    return None
+
+
+def _wrong_on_a_small_tree(network: PreTrainedModel) -> str | None:
+    generator = np.random.default_rng(0)
+    vocabulary = int(network.get_input_embeddings().weight.shape[0])
+    prompt, one, two = (generator.integers(0, vocabulary, n, dtype=np.int64) for n in (5, 4, 3))
+    sequences = [np.concatenate([prompt, one]), np.concatenate([prompt, two])]
+    with torch.no_grad():
+        plain = torch.cat([plain_logprobs(network, tokens, tokens) for tokens in sequences])
+        try:
+            with using_attention(network, TREE_ATTENTION):
+                tree = torch.cat(tree_logprobs(network, pack(sequences), sequences))
+        except (TreeNotPassedOn, TypeError, NotImplementedError) as error:
+            return f"it cannot run on a prefix tree ({error})"
+    difference = float((plain - tree).abs().max())
+    # A wrong mask or position is off by whole nats; rounding is not.
+    tolerance = 1e-3 if network.dtype in (torch.float32, torch.float64) else 0.3
+    return None if difference <= tolerance else f"a prefix tree changes its log-probabilities by {difference:.2g}"
+
+
+def weights_identity(network: PreTrainedModel) -> str:
+    """SHA-256 of what a frozen model computes: configuration and parameters in memory, adapters left out.
+
+    The bytes are read from memory, never from a path: what is hashed is what runs.
+    """
+    digest = hashlib.sha256()
+    config = {k: v for k, v in network.config.to_dict().items() if k not in _NOT_IDENTITY and not k.startswith("_attn")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(_base_tensors(network)):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)} ".encode())
+        digest.update(plain.view(torch.uint8).numpy() if plain.ndim else plain.reshape(1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _base_tensors(network: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    # An adapted layer keeps its own weights under `base_layer` beside `lora_*`.
+    return [
+        (name.replace(".base_layer.", "."), tensor)
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        if ".lora_" not in name
+    ]
+
+
+def numerics_identity(base: BaseModel) -> str:
+    """What else decides the last bits: dtype, device type, attention path and library versions."""
+    minor = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
+    dtype = str(base.network.dtype).removeprefix("torch.")
+    return f"{dtype} {base.network.device.type} {base.attention} torch-{minor[0]} transformers-{minor[1]}"

@@ -1,0 +1,96 @@
+"""Every error a caller can meet.
+
+::
+
+    FiresteelError
+    ├── UserError                the caller can mend it; category "user"
+    │   ├── ConfigError          a setting: unknown, missing, out of range, contradictory
+    │   ├── DataError            the training data
+    │   │   └── RowError         one row of a file: `file:line: field: reason`
+    │   ├── ModelError           a model, tokenizer or shape name; a model that cannot do what is asked
+    │   ├── OperationError       an operation that cannot run as sent (lengths, order, unknown model)
+    │   └── NotBuiltYetError     planned, documented, not there yet
+    ├── OperationFailed          an operation failed for a reason that is not the caller's; category "server"
+    └── ClosedError              the client, trainer or engine was closed while the operation waited
+
+Each also inherits the standard class it specialises. `code` is stable and printed by the command line;
+the text is for people. All of them pickle (they will cross processes and HTTP).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Category = Literal["user", "server"]
+
+
+class FiresteelError(Exception):
+    """Root of all errors raised on purpose."""
+
+    code: ClassVar[str] = "error"
+    category: ClassVar[Category] = "server"
+
+
+class UserError(FiresteelError):
+    """The caller can mend this; the text says how."""
+
+    code = "user"
+    category = "user"
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is unknown, missing, out of range or contradicts another."""
+
+    code = "config"
+
+
+class DataError(UserError, ValueError):
+    """The training data cannot be used as it is."""
+
+    code = "data"
+
+
+class RowError(DataError):
+    """One row of a data file is unusable. Reads `file:line: field: reason`."""
+
+    code = "data.row"
+
+    def __init__(self, path: str, line: int, field: str, reason: str) -> None:
+        super().__init__(path, line, field, reason)
+        self.path = path
+        self.line = line
+        self.field = field
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.field}: {self.reason}"
+
+
+class ModelError(UserError, LookupError):
+    """A model, tokenizer or training shape cannot be found or cannot do what is asked of it."""
+
+    code = "model"
+
+
+class OperationError(UserError, ValueError):
+    """An operation cannot run as sent: wrong lengths, wrong order, unknown model."""
+
+    code = "operation"
+
+
+class NotBuiltYetError(UserError, NotImplementedError):
+    """Part of the design, not of this version."""
+
+    code = "not_built_yet"
+
+
+class OperationFailed(FiresteelError, RuntimeError):
+    """An operation failed for a reason that is not the caller's: a bug, or a resource that ran out."""
+
+    code = "operation.failed"
+
+
+class ClosedError(FiresteelError, RuntimeError):
+    """The client, trainer or engine was closed before the operation ran."""
+
+    code = "closed"

@@ -1,0 +1,179 @@
+"""Finds shapes, creates trainers, decides where reference log-probabilities come from, owns their lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from firesteel.sdk.shapes import Mode, TrainingShape
+from firesteel.sdk.conversion import as_lora_config
+from firesteel.sdk.errors import ClosedError, ConfigError
+from firesteel.sdk.operations import CreateBaseReference, CreateModel, ModelDescription, ResolveShape
+from firesteel.sdk.training_client import TrainingClient
+from firesteel.sdk.transport import Transport
+from firesteel.sdk.types import LoraConfig
+
+
+@dataclass(frozen=True)
+class Provisioning:
+    """What a service client creates when its first client is asked for."""
+
+    base_model: str | None = None
+    lora_rank: int | None = None
+    """0 trains all weights; None leaves it to each `create_training_client`."""
+    max_context_length: int | None = None
+    """Tokens; None = whatever the shape and the model allow."""
+    training_shape_id: str | None = None
+    reference_training_shape_id: str | None = None
+    cleanup_trainer_on_close: bool = True
+
+
+class ReferenceStrategy(Enum):
+    """Where the frozen reference of a policy lives."""
+
+    SHARED = "shared"
+    """On the policy's own base weights, adapter off: no second model."""
+    SEPARATE = "separate"
+    """A forward-only trainer of its own."""
+
+
+def decide_reference(lora_rank: int, reference_training_shape_id: str | None) -> ReferenceStrategy:
+    """A LoRA policy shares its base, unless a reference shape is asked for; everything else needs a second model."""
+    if lora_rank > 0 and reference_training_shape_id is None:
+        return ReferenceStrategy.SHARED
+    return ReferenceStrategy.SEPARATE
+
+
+def policy_mode(lora_rank: int) -> Mode:
+    """The kind of shape that a policy of this rank needs."""
+    return Mode.LORA_TRAINER if lora_rank > 0 else Mode.POLICY_TRAINER
+
+
+REFERENCE_MODES = (Mode.FORWARD_ONLY, Mode.LORA_TRAINER)
+
+
+class ServiceClient:
+    """Creates training and reference clients. Nothing is loaded before the first is asked for.
+
+    `close()` unloads the references and, with `cleanup_trainer_on_close`, the policies, and is idempotent.
+    """
+
+    def __init__(self, transport: Transport, provisioning: Provisioning | None = None) -> None:
+        self.provisioning = provisioning or Provisioning()
+        self._transport = transport
+        self._policies: list[TrainingClient] = []
+        self._references: list[TrainingClient] = []
+        self._closed = False
+
+    def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        *,
+        lora_config: Any = None,
+        lora_alpha: float = 32.0,
+        seed: int = 0,
+    ) -> TrainingClient:
+        """Load a policy: all weights trainable at rank 0, else a fresh LoRA adapter on the frozen base.
+
+        `lora_config` (ours or one with the same attributes) gives all adapter settings at once.
+        """
+        config = as_lora_config(lora_config) if lora_config is not None else None
+        rank = self._agreed("lora_rank", config.rank if config else lora_rank, self.provisioning.lora_rank)
+        if config is None and rank:
+            config = LoraConfig(rank=rank, alpha=lora_alpha, seed=seed)
+        model = self._agreed("base_model", base_model, self.provisioning.base_model)
+        shape = self._resolve(model, (policy_mode(rank or 0),), self.provisioning.training_shape_id)
+        client = self._create(CreateModel(model, shape, config if rank else None))
+        self._policies.append(client)
+        return client
+
+    def create_reference_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        *,
+        policy_client: TrainingClient | None = None,
+    ) -> TrainingClient:
+        """A frozen model that gives the base model's log-probabilities, by the rule of `decide_reference`.
+
+        With a shared reference, `policy_client` says whose base it is (default: the policy created last).
+        """
+        rank = self._agreed("lora_rank", lora_rank, self.provisioning.lora_rank) or 0
+        model = self._agreed("base_model", base_model, self.provisioning.base_model)
+        strategy = decide_reference(rank, self.provisioning.reference_training_shape_id)
+        if strategy is ReferenceStrategy.SHARED:
+            policy = policy_client or (self._policies[-1] if self._policies else None)
+            if policy is None:
+                raise ConfigError(
+                    "create_reference_client: a LoRA reference shares the policy's base model, "
+                    "and there is no policy yet; call create_training_client first"
+                )
+            client = self._create(CreateBaseReference(policy.model_id))
+        else:
+            shape = self._resolve(model, REFERENCE_MODES, self.provisioning.reference_training_shape_id)
+            client = self._create(CreateModel(model, shape, trainable=False))
+        self._references.append(client)
+        return client
+
+    @property
+    def trainer_job_id(self) -> str | None:
+        """The policy created last, by the trainer's name for it."""
+        return self._policies[-1].model_id if self._policies else None
+
+    @property
+    def reference_trainer_job_id(self) -> str | None:
+        """The separate reference created last; None where the reference shares the policy's base."""
+        rank = self.provisioning.lora_rank or 0
+        shared = decide_reference(rank, self.provisioning.reference_training_shape_id) is ReferenceStrategy.SHARED
+        return None if shared or not self._references else self._references[-1].model_id
+
+    @property
+    def max_context_length(self) -> int | None:
+        """The longest sequence that the policy created last takes, in tokens."""
+        return self._policies[-1].description.max_context_length if self._policies else None
+
+    def release_references(self) -> None:
+        """Unload the reference models and free their memory."""
+        while self._references:
+            self._references.pop().unload()
+
+    def close(self) -> None:
+        """Unload what this service client created. Raises an error of theirs that nobody read."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.release_references()
+            for policy in self._policies:
+                policy.unload() if self.provisioning.cleanup_trainer_on_close else policy.close()
+        finally:
+            if self.provisioning.cleanup_trainer_on_close:
+                self._transport.close()
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _create(self, operation: CreateModel | CreateBaseReference) -> TrainingClient:
+        if self._closed:
+            raise ClosedError("this service client is closed")
+        description: ModelDescription = self._transport.submit(operation).result()
+        return TrainingClient(self._transport, description)
+
+    def _resolve(self, model: str, modes: tuple[Mode, ...], name: str | None) -> TrainingShape:
+        operation = ResolveShape(model, modes, name, self.provisioning.max_context_length)
+        shape: TrainingShape = self._transport.submit(operation).result()
+        return shape
+
+    def _agreed(self, field: str, asked: Any, configured: Any) -> Any:
+        """The one value of a setting that may come from the call, the service or both."""
+        if asked is not None and configured is not None and asked != configured:
+            raise ConfigError(f"{field}: {asked!r} was asked for, this service was built for {configured!r}")
+        value = asked if asked is not None else configured
+        if value is None and field == "base_model":
+            raise ConfigError("base_model: give it to connect()/build_service_client() or to this call")
+        return value

@@ -1,0 +1,203 @@
+"""What a training loop holds: one model in a trainer, wherever that runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from firesteel.sdk.conversion import as_adam_params, as_data, as_model_input, as_sampling_params
+from firesteel.sdk.errors import ClosedError, OperationError
+from firesteel.sdk.futures import APIFuture, Ledger
+from firesteel.sdk.operations import (
+    Backward,
+    Forward,
+    ForwardBackward,
+    IdentifyModel,
+    LossName,
+    ModelDescription,
+    ModelIdentity,
+    Operation,
+    OptimStep,
+    OrderedOperation,
+    ReleaseForward,
+    Sample,
+    SaveWeights,
+    UnloadModel,
+    check_data,
+    operation_name,
+)
+from firesteel.sdk.transport import Transport
+from firesteel.sdk.types import (
+    Datum,
+    FloatArray,
+    ForwardBackwardOutput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+    SaveWeightsResponse,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, Mapping[str, float]]]
+
+
+class TrainingClient:
+    """Forward, backward, optimizer step, export and sampling of one model.
+
+    Every call returns at once with an `APIFuture` (except the loss of `forward_backward_custom`, which runs
+    here). Calls run in the order they are made. Gradients of several calls **add** until `optim_step`.
+    An error of an earlier call whose result nobody read is raised by the next call.
+    """
+
+    def __init__(self, transport: Transport, description: ModelDescription) -> None:
+        self.description = description
+        self._transport = transport
+        self._ledger = Ledger()
+        self._next_seq = 1
+        self._order = threading.Lock()
+        self._closed = False
+
+    @property
+    def model_id(self) -> str:
+        """The trainer's name for this model."""
+        return self.description.model_id
+
+    def forward(
+        self,
+        data: Iterable[Any],
+        loss_fn: LossName = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Log-probability of every target (`loss_fn_outputs[i]["logprobs"]`) and the summed loss; no gradient."""
+        ours = self._checked(data, loss_fn, loss_fn_config)
+        return self._send(lambda seq: Forward(self.model_id, seq, ours, loss_fn, loss_fn_config))
+
+    def forward_backward(
+        self,
+        data: Iterable[Any],
+        loss_fn: LossName = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Add the gradient of a built-in loss: a **sum** over tokens and data, divided by nothing."""
+        ours = self._checked(data, loss_fn, loss_fn_config)
+        return self._send(lambda seq: ForwardBackward(self.model_id, seq, ours, loss_fn, loss_fn_config))
+
+    def forward_backward_custom(
+        self, data: Iterable[Any], loss_fn: CustomLoss
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Add the gradient of any loss of the log-probabilities.
+
+        `loss_fn(data, logprobs)` runs here, on the calling thread: `data` as they were passed, `logprobs` one
+        float32 CPU tensor per datum, shaped like its targets. It returns a scalar tensor and a dict of numbers,
+        which becomes the result's `metrics` (beside `loss:sum`). If it raises, nothing has happened: no
+        gradient, no number used, the client goes on.
+        """
+        passed = list(data)
+        ours = self._checked(passed, "cross_entropy", None)
+        forward, of = self._send_numbered(lambda seq: Forward(self.model_id, seq, ours, retain=True))
+        output = forward.result()
+        try:
+            gradient, metrics = _differentiate(loss_fn, passed, output)
+        except BaseException:
+            self._submit(ReleaseForward(self.model_id, of))
+            raise
+        return self._send(
+            lambda seq: Backward(self.model_id, seq, of, gradient),
+            lambda result: replace(result, metrics=metrics),
+        )
+
+    def optim_step(self, adam_params: Any) -> APIFuture[OptimStepResponse]:
+        """One AdamW step with these settings on the gradient added so far, which it clears."""
+        params = as_adam_params(adam_params)
+        return self._send(lambda seq: OptimStep(self.model_id, seq, params))
+
+    def save_weights(self, path: str) -> APIFuture[SaveWeightsResponse]:
+        """Export to the folder `path`: PEFT's format for a LoRA policy, Hugging Face's for a full one."""
+        return self._send(lambda seq: SaveWeights(self.model_id, seq, str(path)))
+
+    def sample(
+        self, prompt: Any, num_samples: int = 1, sampling_params: Any = None
+    ) -> APIFuture[SampleResponse]:
+        """Continue `prompt` (a `ModelInput` or token ids) with the present weights."""
+        self._ledger.raise_unread()
+        params = as_sampling_params(sampling_params or SamplingParams())
+        return self._submit(Sample(self.model_id, as_model_input(prompt), params, num_samples))
+
+    def identify(self) -> APIFuture[ModelIdentity]:
+        """The hash of the weights as they are in memory, and what the arithmetic depends on."""
+        return self._submit(IdentifyModel(self.model_id))
+
+    def unload(self) -> None:
+        """Free the model. Raises an error that nobody read; later calls raise `ClosedError`."""
+        if self._closed:
+            return
+        try:
+            self._ledger.wait()
+            self._submit(UnloadModel(self.model_id)).result()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Wait for what is queued and raise an error that nobody read. The model stays in its trainer."""
+        if not self._closed:
+            self._closed = True
+            self._ledger.close()
+
+    def _checked(
+        self, data: Iterable[Any], loss_fn: str, loss_fn_config: Mapping[str, float] | None
+    ) -> tuple[Datum, ...]:
+        self._ledger.raise_unread()
+        ours = as_data(data)
+        check_data(ours, loss_fn, loss_fn_config)
+        return ours
+
+    def _send(
+        self, build: Callable[[int], OrderedOperation], convert: Callable[[Any], Any] | None = None
+    ) -> APIFuture[Any]:
+        return self._send_numbered(build, convert)[0]
+
+    def _send_numbered(
+        self, build: Callable[[int], OrderedOperation], convert: Callable[[Any], Any] | None = None
+    ) -> tuple[APIFuture[Any], int]:
+        self._ledger.raise_unread()
+        # The number is taken and sent under one lock: two threads may not send 4 before 3.
+        with self._order:
+            seq = self._next_seq
+            future = self._submit(build(seq), convert)
+            self._next_seq += 1
+        return future, seq
+
+    def _submit(self, operation: Operation, convert: Callable[[Any], Any] | None = None) -> APIFuture[Any]:
+        name = operation_name(operation)
+        if self._closed:
+            raise ClosedError(f"{name}: the client of {self.model_id} is closed")
+        return self._ledger.track(APIFuture(self._transport.submit(operation), name, convert))
+
+
+def _differentiate(
+    loss_fn: CustomLoss, data: list[Any], output: ForwardBackwardOutput
+) -> tuple[tuple[FloatArray, ...], dict[str, float]]:
+    """Run a custom loss on leaf tensors and return dLoss/dlogprob per datum, and its metrics."""
+    import torch
+
+    leaves = [torch.tensor(o["logprobs"].to_numpy(), requires_grad=True) for o in output.loss_fn_outputs]
+    loss, metrics = loss_fn(data, leaves)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise OperationError("the custom loss must return (scalar tensor, dict of numbers)")
+    if not math.isfinite(loss.item()):
+        raise OperationError(f"the custom loss is {loss.item()}; nothing was added to the gradient")
+    if not loss.requires_grad:
+        raise OperationError("the custom loss does not depend on the log-probabilities it was given")
+    loss.backward()  # type: ignore[no-untyped-call]
+    # A leaf that the loss does not use has derivative zero.
+    gradient = tuple(
+        np.zeros(leaf.shape, np.float32) if leaf.grad is None else leaf.grad.numpy() for leaf in leaves
+    )
+    return gradient, {"loss:sum": loss.item(), **{name: float(value) for name, value in metrics.items()}}
