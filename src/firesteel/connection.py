@@ -49,19 +49,25 @@ def _choose_address(base_url: str | None) -> str:
     if base_url is None:
         return (own or os.environ.get("FIREWORKS_BASE_URL") or "local").rstrip("/")
     if base_url.rstrip("/") == GUIDE_CLOUD and own:
-        logger.warning("base_url=%s is the guide's default; using FIRESTEEL_BASE_URL=%s instead", base_url, own)
+        logger.warning(
+            "base_url=%s is the guide's default; using FIRESTEEL_BASE_URL=%s instead", base_url, own
+        )
         return own.rstrip("/")
     return base_url.rstrip("/")
 
 
 def _no_trainer_there(address: str) -> Exception:
-    embedded = 'base_url="local", or FIREWORKS_BASE_URL=local (or FIRESTEEL_BASE_URL=local) in the environment'
+    embedded = (
+        'base_url="local", or FIREWORKS_BASE_URL=local (or FIRESTEEL_BASE_URL=local) in the environment'
+    )
     if address == GUIDE_CLOUD:
         return ConfigError(
             f"base_url: Firesteel does not train in the cloud at {address}. To train in this process, set {embedded}"
         )
     if not address.startswith(("http://", "https://")):
-        return ConfigError(f'base_url: {address!r} is neither "local" nor a URL. To train in this process, set {embedded}')
+        return ConfigError(
+            f'base_url: {address!r} is neither "local" nor a URL. To train in this process, set {embedded}'
+        )
     return NotBuiltYetError(
         f"base_url: {address}: trainers behind HTTP are not built yet. To train in this process, set {embedded}"
     )

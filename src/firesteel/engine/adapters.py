@@ -46,7 +46,11 @@ class Adapter:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own weights by name."""
         marker = f".{self._name}."
-        return {name: p for name, p in self._base.network.named_parameters() if ".lora_" in name and marker in name}
+        return {
+            name: p
+            for name, p in self._base.network.named_parameters()
+            if ".lora_" in name and marker in name
+        }
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -96,6 +100,7 @@ def _adapted_layers(network: nn.Module) -> Iterator[LoraLayer]:
 def _target_modules(network: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Names of the layers to adapt: last parts (`q_proj`) where these are unambiguous, else whole paths."""
     head = network.get_output_embeddings()
+    head = head.get_base_layer() if isinstance(head, LoraLayer) else head
     chosen: set[str] = set()
     others: set[str] = set()
     for name, module in network.named_modules():

@@ -30,6 +30,7 @@ class TreeMask:
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self.segments = tree.segments
+        self.reached_attention = False
         self._paths = tree.paths
         self._device = device
 
@@ -67,6 +68,7 @@ def tree_attention(
         raise TreeNotPassedOn(f"{type(module).__name__} does not pass keyword arguments on to its attention")
     if dropout or attention_mask is not None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise TreeNotPassedOn(f"{type(module).__name__} needs a mask, dropout, soft-capping or sinks")
+    tree.reached_attention = True
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for segment, spans, mask in zip(tree.segments, tree.spans, tree.masks, strict=True):

@@ -103,7 +103,9 @@ class Engine:
             match operation:
                 case Forward() | ForwardBackward() | Backward() | OptimStep() | SaveWeights():
                     if operation.model_id not in self._orders:
-                        raise OperationError(f"{operation_name(operation)}: {self._no_model(operation.model_id)}")
+                        raise OperationError(
+                            f"{operation_name(operation)}: {self._no_model(operation.model_id)}"
+                        )
                     future, ready = self._orders[operation.model_id].accept(operation)
                     self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
                 case _:
@@ -124,7 +126,9 @@ class Engine:
                 order.fail_held()
             self._wake.notify()
         for operation, future in waiting:
-            future.set_exception(ClosedError(f"{operation_name(operation)}: the engine was closed before it ran"))
+            future.set_exception(
+                ClosedError(f"{operation_name(operation)}: the engine was closed before it ran")
+            )
         self._thread.join()
         self._models.clear()
         self._shared_bases.clear()
@@ -193,9 +197,13 @@ class Engine:
         if shape.mode not in wanted.modes:
             raise ModelError(f"training shape {shape.name} is a {shape.mode.value}; {modes} is needed here")
         if shape.base_model not in ("*", wanted.base_model):
-            raise ModelError(f"training shape {shape.name} is for {shape.base_model}, not for {wanted.base_model}")
+            raise ModelError(
+                f"training shape {shape.name} is for {shape.base_model}, not for {wanted.base_model}"
+            )
         if shape.device.split(":")[0] not in devices:
-            raise ModelError(f"training shape {shape.name} needs a {shape.device} device; this machine has {devices}")
+            raise ModelError(
+                f"training shape {shape.name} needs a {shape.device} device; this machine has {devices}"
+            )
         if wanted.min_context and shape.max_context_length and shape.max_context_length < wanted.min_context:
             raise ModelError(
                 f"training shape {shape.name} takes {shape.max_context_length} tokens, {wanted.min_context} are wanted"
@@ -262,7 +270,9 @@ class Engine:
             del self._models[model_id]
             self._orders.pop(model_id).fail_held()
         if all(model.trainer.base is not trainer.base for model in self._models.values()):
-            self._shared_bases = {k: base for k, base in self._shared_bases.items() if base is not trainer.base}
+            self._shared_bases = {
+                k: base for k, base in self._shared_bases.items() if base is not trainer.base
+            }
 
     def _forward(self, operation: Forward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -289,8 +299,12 @@ class Engine:
             )
         shapes = [d.loss_fn_inputs["target_tokens"].shape for d in retained.data]
         if shapes != [list(g.shape) for g in operation.dloss_dlogprob]:
-            raise OperationError(f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes")
-        model.trainer.forward_backward(_sequences(model, retained.data), linear_loss(operation.dloss_dlogprob))
+            raise OperationError(
+                f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
+            )
+        model.trainer.forward_backward(
+            _sequences(model, retained.data), linear_loss(operation.dloss_dlogprob)
+        )
         return retained.answer
 
     def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
@@ -313,7 +327,9 @@ class Engine:
         return self._models[model_id]
 
     def _no_model(self, model_id: str) -> str:
-        return f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self._models) or 'none'}"
+        return (
+            f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self._models) or 'none'}"
+        )
 
 
 def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
@@ -329,8 +345,10 @@ def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
             )
         lowest, highest = min(read.min(), scored.min()), max(read.max(), scored.max())
         if lowest < 0 or highest >= vocabulary:
-            raise OperationError(f"data[{index}]: token id {highest if highest >= vocabulary else lowest}; "
-                                 f"{model.description.base_model} knows 0 to {vocabulary - 1}")
+            raise OperationError(
+                f"data[{index}]: token id {highest if highest >= vocabulary else lowest}; "
+                f"{model.description.base_model} knows 0 to {vocabulary - 1}"
+            )
     return Sequences(tokens, targets, plan(tokens, TOKENS_PER_PASS))
 
 

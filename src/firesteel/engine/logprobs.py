@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from firesteel.engine.attention import TreeMask
+from firesteel.engine.attention import TreeMask, TreeNotPassedOn
 from firesteel.engine.packing import Tree
 from firesteel.sdk.types import IntArray
 
@@ -24,13 +24,16 @@ def tree_logprobs(model: PreTrainedModel, tree: Tree, targets: Sequence[IntArray
     """
     device = model.device
     positions = np.unique(np.concatenate(tree.rows))
+    mask = TreeMask(tree, device)
     logits = model(
         input_ids=torch.from_numpy(tree.tokens)[None].to(device),
         position_ids=torch.from_numpy(tree.positions)[None].to(device),
         logits_to_keep=torch.from_numpy(positions).to(device),
-        tree=TreeMask(tree, device),
+        tree=mask,
         use_cache=False,
     ).logits[0]
+    if not mask.reached_attention:
+        raise TreeNotPassedOn(f"{type(model).__name__} computes its attention by itself")
     normalizer = _log_normalizer(logits)
     return [
         _pick(logits, normalizer, np.searchsorted(positions, row), target)

@@ -29,7 +29,9 @@ class Optimizer:
         norm = float(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
         if not norm < float("inf"):
             self.clear()
-            raise OperationError(f"optim_step: the gradient norm is {norm}; the weights were left as they are")
+            raise OperationError(
+                f"optim_step: the gradient norm is {norm}; the weights were left as they are"
+            )
         if 0 < params.grad_clip_norm < norm:
             nn.utils.clip_grads_with_norm_(self._parameters, params.grad_clip_norm, torch.tensor(norm))
         for group in self._adamw.param_groups:

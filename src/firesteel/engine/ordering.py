@@ -66,7 +66,9 @@ class ModelOrder:
         """Fail what waits for a number that never came."""
         for submitted in self._held.values():
             name = operation_name(submitted.operation)
-            submitted.future.set_exception(ClosedError(f"{name}: closed while waiting for seq_id {self._next}"))
+            submitted.future.set_exception(
+                ClosedError(f"{name}: closed while waiting for seq_id {self._next}")
+            )
         self._held.clear()
 
     def _release(self) -> list[Submitted]:

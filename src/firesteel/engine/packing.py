@@ -82,7 +82,9 @@ def pack(sequences: Sequence[IntArray]) -> Tree:
         tokens=np.concatenate(tokens).astype(np.int64),
         positions=np.concatenate([np.arange(s.position, s.position + s.length) for s in segments]),
         segments=tuple(segments),
-        rows=tuple(np.concatenate([np.arange(segments[i].start, segments[i].end) for i in p]) for p in path_of),
+        rows=tuple(
+            np.concatenate([np.arange(segments[i].start, segments[i].end) for i in p]) for p in path_of
+        ),
     )
 
 

@@ -11,7 +11,9 @@ from firesteel.sdk.errors import OperationError
 from firesteel.sdk.types import ModelInput, SampledSequence, SamplingParams
 
 
-def sample(base: BaseModel, prompt: ModelInput, params: SamplingParams, num_samples: int) -> list[SampledSequence]:
+def sample(
+    base: BaseModel, prompt: ModelInput, params: SamplingParams, num_samples: int
+) -> list[SampledSequence]:
     """Greedy at temperature 0, else by temperature, top-k and top-p; reproducible with a seed.
 
     Stops at `params.stop` and at the model's own end-of-sequence tokens.
@@ -25,8 +27,8 @@ def sample(base: BaseModel, prompt: ModelInput, params: SamplingParams, num_samp
     stop = _stop_tokens(base, params)
     ids = torch.tensor([tokens], device=base.network.device)
     with torch.random.fork_rng(devices=[]), using_attention(base.network, base.native_attention):
-        if params.seed is not None:
-            torch.manual_seed(params.seed)
+        # Without a seed each call draws anew; the process's own random state moves in neither case.
+        torch.manual_seed(torch.seed() if params.seed is None else params.seed)
         output = base.network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -34,7 +36,8 @@ def sample(base: BaseModel, prompt: ModelInput, params: SamplingParams, num_samp
         )
     steps = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
     return [
-        _cut(answer, scores, stop) for answer, scores in zip(output.sequences[:, len(tokens) :], steps, strict=True)
+        _cut(answer, scores, stop)
+        for answer, scores in zip(output.sequences[:, len(tokens) :], steps, strict=True)
     ]
 
 

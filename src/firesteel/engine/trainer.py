@@ -55,6 +55,7 @@ class Trainer:
         self._adapter = Adapter(base, name, lora) if lora and trainable else None
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
+        self._added = False  # whether the running backward has changed the gradient
         if trainable:
             if self._adapter is None:
                 base.network.requires_grad_(True)
@@ -68,8 +69,8 @@ class Trainer:
     def forward_backward(self, sequences: Sequences, loss: DatumLoss) -> Scores:
         """Score every target and add the loss's gradient.
 
-        If this fails after part of the gradient was added, all of it is dropped and the next `optim_step` is
-        refused once: half a gradient is not a gradient.
+        If this fails after part of its gradient was added, all of the gradient is dropped, and so is what is
+        added before the next `optim_step`, which is refused: half a gradient is not a gradient.
         """
         self._need_trainable("forward_backward")
         with self._weights(), self._all_or_nothing():
@@ -80,7 +81,11 @@ class Trainer:
         optimizer = self._need_trainable("optim_step")
         if self._lost_gradient is not None:
             reason, self._lost_gradient = self._lost_gradient, None
-            raise OperationError(f"optim_step: the gradient was dropped because a backward before it failed: {reason}")
+            optimizer.clear()  # what was added after the failure is a part only
+            raise OperationError(
+                f"optim_step: the gradient was dropped because a backward before it failed: {reason}; "
+                f"send all data of this step again"
+            )
         with self._weights():
             return optimizer.step(params)
 
@@ -114,8 +119,11 @@ class Trainer:
         total = 0.0
         for batch in sequences.plan:
             for members, scored in self._passes(batch, sequences):
-                share = torch.stack([loss(i, values) for i, values in zip(members, scored, strict=True)]).sum()
+                share = torch.stack(
+                    [loss(i, values) for i, values in zip(members, scored, strict=True)]
+                ).sum()
                 if backward and share.requires_grad:
+                    self._added = True
                     share.backward()  # type: ignore[no-untyped-call]
                 total += share.item()
                 for index, values in zip(members, scored, strict=True):
@@ -128,7 +136,10 @@ class Trainer:
         """The passes of one micro-batch: one over its tree, or one per sequence where trees cannot be used."""
         network = self.base.network
         if self.base.attention == "tree":
-            yield batch.members, tree_logprobs(network, batch.tree, [sequences.targets[i] for i in batch.members])
+            yield (
+                batch.members,
+                tree_logprobs(network, batch.tree, [sequences.targets[i] for i in batch.members]),
+            )
             return
         for index in batch.members:
             yield (index,), [plain_logprobs(network, sequences.tokens[index], sequences.targets[index])]
@@ -143,10 +154,11 @@ class Trainer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
+        self._added = False
         try:
             yield
         except BaseException as error:
-            if self._optimizer is not None and any(p.grad is not None for p in self._trained_parameters()):
+            if self._optimizer is not None and self._added:
                 self._optimizer.clear()
                 self._lost_gradient = f"{type(error).__name__}: {error}"
             raise

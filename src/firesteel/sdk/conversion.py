@@ -29,7 +29,7 @@ def as_data(data: Iterable[Any]) -> tuple[Datum, ...]:
 
 def as_datum(value: Any, where: str = "datum") -> Datum:
     """Anything with `model_input` and `loss_fn_inputs`."""
-    if isinstance(value, Datum):
+    if isinstance(value, Datum) and isinstance(value.model_input, ModelInput):
         return value
     _need(value, where, "model_input", "loss_fn_inputs")
     inputs = {name: _as_tensor(item, f"{where}.{name}") for name, item in dict(value.loss_fn_inputs).items()}
@@ -40,7 +40,7 @@ def as_model_input(value: Any, where: str = "model_input") -> ModelInput:
     """Anything with `chunks` of token ids, or a plain sequence of ids; images are refused."""
     if isinstance(value, ModelInput):
         return value
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str):
         return ModelInput.from_ints(value)
     _need(value, where, "chunks")
     return ModelInput(tuple(_as_chunk(chunk, f"{where}.chunks[{i}]") for i, chunk in enumerate(value.chunks)))
@@ -48,18 +48,20 @@ def as_model_input(value: Any, where: str = "model_input") -> ModelInput:
 
 def _as_chunk(chunk: Any, where: str) -> EncodedTextChunk:
     if getattr(chunk, "type", None) != "encoded_text":
-        raise OperationError(f"{where}: {type(chunk).__name__}; only text chunks (`encoded_text`) are supported")
+        raise OperationError(
+            f"{where}: {type(chunk).__name__}; only text chunks (`encoded_text`) are supported"
+        )
     return EncodedTextChunk(tuple(chunk.tokens))
 
 
 def _as_tensor(value: Any, where: str) -> Any:
-    if isinstance(value, TensorData) or not _has(value, "data", "dtype", "shape") or isinstance(value, np.ndarray):
+    if isinstance(value, TensorData) or not _has(value, "data", "dtype") or isinstance(value, np.ndarray):
         return value  # our own, or a list, array or tensor that `Datum` itself takes
     if getattr(value, "sparse_crow_indices", None) is not None:
         return TensorData(np.asarray(value.to_numpy()), value.dtype)
     if value.dtype not in ("float32", "int64"):
-        return value  # a torch tensor has the same three attributes
-    return TensorData(value.data, value.dtype, value.shape)
+        return value  # a torch tensor has the same attributes
+    return TensorData(value.data, value.dtype, getattr(value, "shape", None))
 
 
 def as_adam_params(value: Any) -> AdamParams:
@@ -73,8 +75,13 @@ def as_lora_config(value: Any) -> LoraConfig:
 
 
 def as_sampling_params(value: Any) -> SamplingParams:
-    """Anything with the fields of `SamplingParams`."""
-    return _as_settings(value, SamplingParams, required=("temperature",))
+    """Anything with the fields of `SamplingParams`; `stop` must be token ids."""
+    params = _as_settings(value, SamplingParams, required=("temperature",))
+    if isinstance(params.stop, str) or any(isinstance(stop, str) for stop in params.stop):
+        raise OperationError(
+            f"SamplingParams.stop: {params.stop!r}; a trainer has no tokenizer, give token ids"
+        )
+    return params
 
 
 def _as_settings(value: Any, kind: type[Settings], required: tuple[str, ...]) -> Settings:

@@ -141,7 +141,10 @@ def _report_unread_failures() -> None:
             if (error := future.unread_failure()) is not None:
                 failures += 1
                 code = error.code if isinstance(error, FiresteelError) else type(error).__name__
-                print(f"error[{code}]: {future._name} failed and nobody read its result: {error}", file=sys.stderr)  # noqa: T201
+                print(
+                    f"error[{code}]: {future._name} failed and nobody read its result: {error}",
+                    file=sys.stderr,
+                )  # noqa: T201
     if failures:
         # An exit handler cannot change the exit status in any other way; so first do what would follow.
         logging.shutdown()

@@ -8,16 +8,26 @@ The result of each is named in its docstring.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
 from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.errors import OperationError
-from firesteel.sdk.types import AdamParams, Datum, FloatArray, LoraConfig, ModelInput, SamplingParams, TensorData
+from firesteel.sdk.types import (
+    AdamParams,
+    Datum,
+    FloatArray,
+    LoraConfig,
+    ModelInput,
+    SamplingParams,
+    TensorData,
+)
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 
@@ -215,6 +225,8 @@ def _feed(digest: Any, value: Any) -> None:
         case np.ndarray():
             digest.update(f"array {value.dtype} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
+        case np.generic():
+            _feed(digest, value.item())
         case Enum():
             _feed(digest, value.value)
         case Mapping():
@@ -237,7 +249,9 @@ def _feed(digest: Any, value: Any) -> None:
             raise TypeError(f"operations carry no {type(value).__name__}")
 
 
-def check_data(data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None) -> None:
+def check_data(
+    data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
+) -> None:
     """Refuse what no trainer could run, before it is sent.
 
     Raises `OperationError` naming the datum, the field, the lengths and what was expected.
@@ -246,10 +260,15 @@ def check_data(data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str,
         raise OperationError(f"loss_fn: {loss_fn!r} is not one of {', '.join(_LOSS_INPUTS)}")
     if unknown := set(loss_fn_config or {}) - set(LOSS_SETTINGS[loss_fn]):
         known = ", ".join(LOSS_SETTINGS[loss_fn]) or "none"
-        raise OperationError(f"loss_fn_config: {loss_fn} does not read {', '.join(sorted(unknown))} (it reads: {known})")
+        raise OperationError(
+            f"loss_fn_config: {loss_fn} does not read {', '.join(sorted(unknown))} (it reads: {known})"
+        )
     for name, default in LOSS_SETTINGS[loss_fn].items():
         if default is None and name not in (loss_fn_config or {}):
             raise OperationError(f"loss_fn_config: {loss_fn} needs {name!r}")
+    for name, value in (loss_fn_config or {}).items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise OperationError(f"loss_fn_config: {name!r} is {value!r}, not a finite number")
     if not data:
         raise OperationError("data: empty; at least one datum is needed")
     for index, datum in enumerate(data):
@@ -264,11 +283,15 @@ def _check_datum(index: int, datum: Datum, loss_fn: str) -> None:
     for name in ("target_tokens", *_LOSS_INPUTS[loss_fn]):
         if name not in inputs:
             present = ", ".join(inputs) or "nothing"
-            raise OperationError(f"data[{index}].loss_fn_inputs: {loss_fn} needs {name!r}; there is {present}")
+            raise OperationError(
+                f"data[{index}].loss_fn_inputs: {loss_fn} needs {name!r}; there is {present}"
+            )
     targets = inputs["target_tokens"]
     if targets.dtype != "int64":
-        raise OperationError(f"data[{index}].loss_fn_inputs['target_tokens']: dtype {targets.dtype}, expected int64")
-    if not targets.shape or targets.shape[0] != length:
+        raise OperationError(
+            f"data[{index}].loss_fn_inputs['target_tokens']: dtype {targets.dtype}, expected int64"
+        )
+    if not targets.shape or targets.shape[0] != length or not targets.to_numpy().size:
         raise OperationError(
             f"data[{index}].loss_fn_inputs['target_tokens']: shape {targets.shape} for {length} input tokens; "
             f"one target (or one row of targets) per input token is expected"

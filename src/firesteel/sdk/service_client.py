@@ -126,7 +126,9 @@ class ServiceClient:
     def reference_trainer_job_id(self) -> str | None:
         """The separate reference created last; None where the reference shares the policy's base."""
         rank = self.provisioning.lora_rank or 0
-        shared = decide_reference(rank, self.provisioning.reference_training_shape_id) is ReferenceStrategy.SHARED
+        shared = (
+            decide_reference(rank, self.provisioning.reference_training_shape_id) is ReferenceStrategy.SHARED
+        )
         return None if shared or not self._references else self._references[-1].model_id
 
     @property

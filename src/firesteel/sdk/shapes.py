@@ -37,6 +37,8 @@ class TrainingShape:
 
     def __post_init__(self) -> None:
         if self.max_context_length is not None and self.max_context_length < 1:
-            raise ValueError(f"max_context_length {self.max_context_length} is not a number of tokens above 0")
+            raise ValueError(
+                f"max_context_length {self.max_context_length} is not a number of tokens above 0"
+            )
         if self.version < 1:
             raise ValueError(f"version {self.version} is not a number above 0")

@@ -55,6 +55,14 @@ class TensorData:
         wanted = dtype or ("int64" if array.dtype.kind in "iu" else "float32")
         if wanted not in ("float32", "int64"):
             raise ValueError(f"TensorData.dtype: {wanted!r} is not one of 'float32', 'int64'")
+        if (
+            wanted == "int64"
+            and array.dtype.kind == "f"
+            and not (np.isfinite(array) & (array == np.trunc(array))).all()
+        ):
+            raise ValueError(
+                "TensorData: int64 was asked for, but there are values that are no whole numbers"
+            )
         array = array.astype(wanted, copy=False)
         if shape is not None and tuple(shape) != array.shape:
             array = array.reshape(tuple(shape))
@@ -195,7 +203,9 @@ def _as_tensor_data(name: str, value: Any) -> TensorData:
         return TensorData(value, _DTYPE_OF_INPUT[name])
     if type(value).__module__.split(".")[0] == "torch":
         return TensorData.from_torch(value)
-    raise TypeError(f"loss_fn_inputs[{name!r}]: {type(value).__name__} is neither list, array, tensor nor TensorData")
+    raise TypeError(
+        f"loss_fn_inputs[{name!r}]: {type(value).__name__} is neither list, array, tensor nor TensorData"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""`firesteel dpo …`: a recipe's `Config` as a command. File, `--set` and flags are one schema: the Config itself.
+
+A later source wins over an earlier one: default < file < `--set` < flag.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from firesteel.sdk.errors import ConfigError
+from training.recipes import dpo_loop
+from training.utils.config import Settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add every recipe to the command line."""
+    app.command("dpo", help="Direct Preference Optimization from chosen/rejected pairs.")(
+        _command(dpo_loop.Config, dpo_loop.main)
+    )
+
+
+def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[..., None]:
+    """A function whose signature, which typer reads, has one option per field of `config`."""
+    paths = dict(_fields(config))
+
+    def command(config_file: Path | None, set_: list[str], **flags: str | None) -> None:
+        values = _read_file(config_file) if config_file else {}
+        for assignment in set_:
+            path, equals, text = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {assignment}: expected key=value, for instance --set beta=0.2")
+            _assign(values, path.strip().split("."), _value(text))
+        for name, given in flags.items():
+            if given is not None:
+                _assign(values, paths[name].split("."), _value(given))
+        main(config(**values))
+
+    file = typer.Argument(None, metavar="[CONFIG.yaml]", help="Settings as YAML.", show_default=False)
+    assignments = typer.Option([], "--set", metavar="KEY=VALUE", help="One setting; nested ones as a.b=c.")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("config_file", kind, default=file, annotation=Path | None),
+        inspect.Parameter("set_", kind, default=assignments, annotation=list[str]),
+    ]
+    for name, path in paths.items():
+        parameters.append(inspect.Parameter(name, kind, default=_option(config, path), annotation=str | None))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def _fields(config: type[Settings], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting as (parameter name, dotted path), nested settings included."""
+    for name, field in config.model_fields.items():
+        path = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from _fields(field.annotation, f"{path}.")
+        else:
+            yield path.replace(".", "__"), path
+
+
+def _option(config: type[Settings], path: str) -> Any:
+    *groups, name = path.split(".")
+    for group in groups:
+        nested = config.model_fields[group].annotation
+        assert isinstance(nested, type)
+        config = nested
+    field = config.model_fields[name]
+    default = "required" if field.is_required() else f"default {field.default!r}"
+    flag = "--" + path.replace("_", "-")
+    return typer.Option(
+        None, flag, metavar="VALUE", help=f"{field.description} [{default}]", show_default=False
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected settings as `name: value`, found {type(content).__name__}")
+    return content
+
+
+def _value(text: str) -> Any:
+    """Plain text as it stands (the schema converts numbers); lists, mappings and null by YAML."""
+    if text[:1] in ("[", "{") or text in ("null", "~"):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text}: not YAML: {error}") from error
+    return text
+
+
+def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        # A mapping of its own: what the file holds is not changed in place.
+        values[part] = dict(inner) if isinstance(inner, Mapping) else {}
+        values = values[part]
+    values[path[-1]] = value

@@ -1,0 +1,1 @@
+"""The cookbook: recipes to run and to fork, and what they are assembled from."""

@@ -1,0 +1,1 @@
+"""One file per algorithm: `Config` and `main(config)`, top to bottom; none imports another."""

@@ -1,0 +1,358 @@
+"""Direct Preference Optimization from pairs of a chosen and a rejected response (arXiv 2305.18290).
+
+    loss = -log σ(β m),   m = (log π(chosen) - log ref(chosen)) - (log π(rejected) - log ref(rejected))
+
+averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. The
+run, top to bottom: read and render all rows (every bad row is known before a model is loaded), load policy
+and frozen reference, take the reference's log-probabilities once (from the cache where it has them), then
+per step one `forward_backward_custom` and one `optim_step`; evaluate on held-out pairs, export.
+
+Not here: other losses, ranked lists, checkpoints and resume.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import orjson
+from pydantic import Field, field_validator, model_validator
+
+from firesteel.sdk import AdamParams, ConfigError, NotBuiltYetError, ServiceClient
+from firesteel.store import home
+from training.utils.client import ReconnectableClient
+from training.utils.config import Settings, TrainerConfig, WandBConfig
+from training.utils.evaluation import Split, evaluate, greedy_answers, split_by_prompt
+from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
+from training.utils.metrics import MetricsLog
+from training.utils.pairs import PreferencePair, render_pairs, write_row_outcomes
+from training.utils.preference_data import read_preferences
+from training.utils.progress import Bar, Display
+from training.utils.reference_cache import ReferenceCache
+from training.utils.rendering import Renderer, load_tokenizer
+from training.utils.run_folder import RunFolder
+from training.utils.schedules import Schedule, epoch_order
+from training.utils.service import build_service_client
+
+
+class Config(Settings):
+    """One DPO run."""
+
+    log_path: str
+    """Folder of the run. An earlier run in it moves to `previous-<n>/`."""
+    base_model: str
+    """Model to train: a catalogue name, Hugging Face id, folder or GGUF file."""
+    dataset: str
+    """JSONL file of preference pairs."""
+    tokenizer_model: str = ""
+    """Where the tokenizer and chat template come from; empty = `base_model`."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Probability that a label is the wrong way round (conservative DPO)."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Base rate; LoRA usually wants about ten times that of full-parameter training."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled, of all trained weights."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's ε."""
+    grad_clip_norm: float = Field(default=0.0, ge=0)
+    """Bound on the gradient norm; 0 = off."""
+    lr_scheduler: Schedule = Schedule()
+    """How the learning rate moves; a bare name (`cosine`) is its `type`."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training pairs."""
+    batch_size: int = Field(default=4, ge=1)
+    """Pairs per optimizer step; a last, smaller batch is trained too."""
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Longest row in tokens, prompt and response; unset = what the trainer takes."""
+    truncate: Literal["drop", "response_end"] = "drop"
+    """Longer rows are dropped, or lose the end of their responses. Either is counted and listed."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that cannot be used stops the run before it starts, or is skipped, counted and listed."""
+    max_pairs: int | None = Field(default=None, ge=1)
+    """Use only the first so many usable pairs."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the adapter; 0 trains all weights."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The adapter is scaled by alpha / rank."""
+    eval_dataset: str | None = None
+    """JSONL file of held-out pairs."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Without `eval_dataset`: share of the dataset held out, whole prompts at a time; 0 = none."""
+    eval_interval: int = Field(default=0, ge=0)
+    """Evaluate every so many steps; 0 = only before and after training."""
+    sample_prompts: tuple[str, ...] = ()
+    """User messages that the model answers before and after training."""
+    sample_max_tokens: int = Field(default=96, ge=1)
+    """Longest such answer."""
+    seed: int = 0
+    """Of the row order, the adapter's start and the held-out split."""
+    shuffle: bool = True
+    """A new row order every epoch."""
+    dcp_save_interval: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 = none."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Training shapes."""
+    wandb: WandBConfig = WandBConfig()
+    """Weights & Biases."""
+
+    @field_validator("lr_scheduler", mode="before")
+    @classmethod
+    def _name_is_a_schedule(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.eval_dataset and self.eval_fraction:
+            raise ValueError("give eval_dataset or eval_fraction, not both")
+        if self.eval_interval and not (self.eval_dataset or self.eval_fraction):
+            raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
+        if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
+            raise ValueError("lora_alpha is not read at lora_rank 0")
+        if self.dcp_save_interval:
+            raise NotBuiltYetError("dcp_save_interval: checkpoints are not built yet; leave it at 0")
+        return self
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to."""
+
+    steps: int
+    before: dict[str, float]
+    """Held-out metrics before the first step; empty without held-out pairs."""
+    after: dict[str, float]
+    """Held-out metrics after the last step."""
+    export_path: str
+    """Folder of the PEFT adapter or the full model."""
+    policy_job_id: str | None
+    reference_job_id: str | None
+    """None where the reference shared the policy's base."""
+
+
+def main(config: Config) -> RunSummary:
+    """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
+    display = Display()
+    run, previous = RunFolder.start(config.log_path, config.model_dump(mode="json"))
+    if previous:
+        display.say(f"{config.log_path} held an earlier run: moved to {previous}")
+    renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
+    split = read_pairs(config, renderer, run, display)
+    metrics = MetricsLog(run.metrics, config.wandb, config.model_dump(mode="json"))
+    try:
+        with build_service(config) as service:
+            return train(Run(config, split, renderer, run, metrics, display), service)
+    finally:
+        metrics.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of one run share."""
+
+    config: Config
+    split: Split
+    renderer: Renderer
+    folder: RunFolder
+    metrics: MetricsLog
+    display: Display
+
+    @property
+    def objective(self) -> DpoObjective:
+        """The loss of training and evaluation."""
+        return DpoObjective(self.config.beta, self.config.label_smoothing)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * math.ceil(len(self.split.train) / self.config.batch_size)
+
+
+def read_pairs(config: Config, renderer: Renderer, run: RunFolder, display: Display) -> Split:
+    """Read, render and split the rows; say and list what is not used."""
+    train = _read(config.dataset, config, renderer, run, display)
+    if config.eval_dataset:
+        return Split(train[: config.max_pairs], _read(config.eval_dataset, config, renderer, run, display))
+    return split_by_prompt(train[: config.max_pairs], config.eval_fraction, config.seed)
+
+
+def _read(
+    path: str, config: Config, renderer: Renderer, run: RunFolder, display: Display
+) -> tuple[PreferencePair, ...]:
+    file = read_preferences(path, config.on_bad_row)
+    rendered = render_pairs(
+        file, renderer, max_seq_len=config.max_seq_len, truncate=config.truncate, on_bad_row=config.on_bad_row
+    )
+    write_row_outcomes(run.bad_rows, path, rendered.dropped)
+    counts = Counter(row.outcome for row in rendered.dropped)
+    lost = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    display.say(
+        f"{path}: {file.rows} rows of the form {file.format}, {len(rendered.pairs)} pairs"
+        + (f"; {lost} (listed in {run.bad_rows})" if lost else "")
+    )
+    return rendered.pairs
+
+
+def build_service(config: Config) -> ServiceClient:
+    """The trainers of this run; nothing is loaded yet."""
+    return build_service_client(
+        base_model=config.base_model,
+        tokenizer_model=config.tokenizer_model or config.base_model,
+        lora_rank=config.lora_rank,
+        max_context_length=config.max_seq_len,
+        learning_rate=config.learning_rate,
+        trainer=config.trainer,
+    )
+
+
+def train(run: Run, service: ServiceClient) -> RunSummary:
+    """Reference pass, evaluation, the loop, evaluation, export."""
+    config, split = run.config, run.split
+    client = service.create_training_client(
+        config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
+    )
+    policy = ReconnectableClient.from_training_client(client)
+    check_lengths(split, policy.description.max_context_length)
+    references, reference_job_id = reference_logprobs(run, service)
+    train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
+
+    before = evaluate_heldout(run, policy, heldout_references, step=0)
+    answers_before = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
+    with run.display.bar("training", config.epochs * len(split.train)) as bar:
+        for batch in batches(run):
+            metrics = train_step(run, policy, batch, train_references)
+            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]))
+            report_step(run, batch.step, metrics, bar)
+            if (
+                config.eval_interval
+                and batch.step % config.eval_interval == 0
+                and batch.step < run.total_steps
+            ):
+                evaluate_heldout(run, policy, heldout_references, batch.step)
+        trained = f"{run.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
+    run.display.say(f"trained: {trained}")
+    after = evaluate_heldout(run, policy, heldout_references, run.total_steps)
+    answers_after = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
+    show_answers(run, answers_before, answers_after)
+    export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
+    run.display.say(f"exported: {export}")
+    return RunSummary(run.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
+
+
+def check_lengths(split: Split, longest: int) -> None:
+    """Refuse rows that the trainer cannot take, naming the setting that would drop or cut them."""
+    too_long = [pair.line for pair in (*split.train, *split.heldout) if pair.longest > longest]
+    if too_long:
+        raise ConfigError(
+            f"max_seq_len: {len(too_long)} rows (first: line {too_long[0]}) have more than the {longest} tokens "
+            f"that this trainer takes; set max_seq_len to at most {longest}"
+        )
+
+
+def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogprobs], str | None]:
+    """The frozen reference's log-probabilities of all pairs, training first; the reference is released."""
+    pairs = (*run.split.train, *run.split.heldout)
+    reference = ReconnectableClient.from_training_client(
+        service.create_reference_client(run.config.base_model, run.config.lora_rank)
+    )
+    path = home() / "reference_cache.sqlite"
+    cache = ReferenceCache(path, reference.identify(), run.renderer.identity)
+    started = time.monotonic()
+    with run.display.bar("reference", len(pairs)) as bar:
+        references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
+    cache.close()
+    run.display.say(
+        f"reference: {len(pairs)} pairs, {statistics.hits} from the cache, {statistics.computed} computed "
+        f"({statistics.damaged} damaged entries replaced, {statistics.probed} checked) in {time.monotonic() - started:.1f} s"
+    )
+    job_id = service.reference_trainer_job_id
+    service.release_references()
+    return references, job_id
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pairs of one optimizer step, by their places in the training set."""
+
+    step: int
+    epoch: int
+    rows: Sequence[int]
+
+
+def batches(run: Run) -> Iterator[Batch]:
+    """All steps of the run, from 1; epochs from 1."""
+    config, count, step = run.config, len(run.split.train), 0
+    for epoch in range(config.epochs):
+        order = epoch_order(count, config.seed, epoch, config.shuffle)
+        for start in range(0, count, config.batch_size):
+            step += 1
+            yield Batch(step, epoch + 1, order[start : start + config.batch_size].tolist())
+
+
+def train_step(
+    run: Run, policy: ReconnectableClient, batch: Batch, references: Sequence[PairLogprobs]
+) -> dict[str, float]:
+    """One forward, one backward, one AdamW step; the metrics of the batch before it."""
+    config, started = run.config, time.monotonic()
+    pairs = [run.split.train[row] for row in batch.rows]
+    loss = make_dpo_loss(pairs, [references[row] for row in batch.rows], run.objective)
+    rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.total_steps)
+    result = policy.forward_backward_custom([datum for pair in pairs for datum in pair.datums], loss)
+    adam = AdamParams(
+        rate,
+        config.adam_beta1,
+        config.adam_beta2,
+        config.adam_eps,
+        config.weight_decay,
+        config.grad_clip_norm,
+    )
+    optimizer = policy.optim_step(adam).metrics
+    seconds, tokens = time.monotonic() - started, sum(pair.tokens for pair in pairs)
+    measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], "step_tokens": tokens}
+    timed = {"step_time_sec": seconds, "tokens_per_sec": tokens / seconds}
+    dpo = {name: value for name, value in result.metrics.items() if name != "loss:sum"}
+    return {f"train/{name}": value for name, value in {**measured, **dpo, **optimizer, **timed}.items()}
+
+
+def report_step(run: Run, step: int, metrics: dict[str, float], bar: Bar) -> None:
+    """One line for programs always; one for people now and then, where no bar is seen."""
+    run.metrics.log(step, metrics)
+    if bar.due(seconds=5):
+        run.display.say(
+            f"step {step}/{run.total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
+            f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}  "
+            f"{bar.rate()}  {bar.time_left():.0f} s left"
+        )
+
+
+def evaluate_heldout(
+    run: Run, policy: ReconnectableClient, references: Sequence[PairLogprobs], step: int
+) -> dict[str, float]:
+    """Metrics on the held-out pairs, logged and shown; empty without any."""
+    if not run.split.heldout:
+        return {}
+    metrics = evaluate(policy, run.split.heldout, references, run.objective)
+    run.metrics.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+    run.display.say(
+        f"held out, step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
+        f"dpo_loss {metrics['dpo_loss']:.4f}  Δlogp chosen {metrics['delta_logp/chosen']:+.2f} "
+        f"rejected {metrics['delta_logp/rejected']:+.2f}  policy's own preference {metrics['policy_preference']:.3f}"
+    )
+    return metrics
+
+
+def show_answers(run: Run, before: Sequence[str], after: Sequence[str]) -> None:
+    """The answers to `sample_prompts`, shown and kept in `samples.jsonl`."""
+    with run.folder.samples.open("wb") as file:
+        for prompt, old, new in zip(run.config.sample_prompts, before, after, strict=True):
+            run.display.say(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
+            file.write(orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n")

@@ -1,0 +1,82 @@
+"""`ReconnectableClient`: a training client whose calls block and return results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from firesteel.sdk import (
+    ForwardBackwardOutput,
+    OptimStepResponse,
+    SampleResponse,
+    SaveWeightsResponse,
+    TrainingClient,
+)
+from firesteel.sdk.operations import LossName, ModelDescription, ModelIdentity
+
+
+class ReconnectableClient:
+    """What recipes hold: one call, one result or one error. `timeout` is in seconds per call, None = no limit."""
+
+    def __init__(self, client: TrainingClient, timeout: float | None = None) -> None:
+        self._client = client
+        self._timeout = timeout
+
+    @classmethod
+    def from_training_client(
+        cls, client: TrainingClient, *, default_timeout: float | None = None, **described: Any
+    ) -> ReconnectableClient:
+        """Wrap a client. The cookbook's other keywords (`base_model`, `lora_rank`, `job_id`, …) describe it only.
+
+        Raises TypeError for a keyword that the cookbook does not have.
+        """
+        if unknown := set(described) - {"base_model", "lora_rank", "job_id", "service", "base_only"}:
+            raise TypeError(f"from_training_client does not know {', '.join(sorted(unknown))}")
+        return cls(client, default_timeout)
+
+    @property
+    def description(self) -> ModelDescription:
+        """The model behind this client."""
+        return self._client.description
+
+    def forward(
+        self,
+        data: Iterable[Any],
+        loss_fn: LossName = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> ForwardBackwardOutput:
+        """See `TrainingClient.forward`."""
+        return self._client.forward(data, loss_fn, loss_fn_config).result(self._timeout)
+
+    def forward_backward(
+        self,
+        data: Iterable[Any],
+        loss_fn: LossName = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> ForwardBackwardOutput:
+        """See `TrainingClient.forward_backward`."""
+        return self._client.forward_backward(data, loss_fn, loss_fn_config).result(self._timeout)
+
+    def forward_backward_custom(self, data: Iterable[Any], loss_fn: Any) -> ForwardBackwardOutput:
+        """See `TrainingClient.forward_backward_custom`."""
+        return self._client.forward_backward_custom(data, loss_fn).result(self._timeout)
+
+    def optim_step(self, adam_params: Any) -> OptimStepResponse:
+        """See `TrainingClient.optim_step`."""
+        return self._client.optim_step(adam_params).result(self._timeout)
+
+    def save_weights(self, path: str) -> SaveWeightsResponse:
+        """See `TrainingClient.save_weights`."""
+        return self._client.save_weights(path).result(self._timeout)
+
+    def sample(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> SampleResponse:
+        """See `TrainingClient.sample`."""
+        return self._client.sample(prompt, num_samples, sampling_params).result(self._timeout)
+
+    def identify(self) -> ModelIdentity:
+        """See `TrainingClient.identify`."""
+        return self._client.identify().result(self._timeout)
+
+    def close(self) -> None:
+        """See `TrainingClient.close`."""
+        self._client.close()

@@ -1,0 +1,60 @@
+"""Settings that recipes share. Unknown names are refused; every default is visible here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from firesteel.sdk.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration: frozen data, nothing unknown, checked when it is built.
+
+    Raises `ConfigError` naming each wrong field, its value and what was expected.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self).__name__, error)) from None
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or name
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{field}: {name} has no such setting")
+        elif problem["type"] == "missing":
+            lines.append(f"{field}: must be given")
+        else:
+            # pydantic's own wording, without the prefix it puts before a validator's message.
+            lines.append(
+                f"{field}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+            )
+    return "\n".join(lines)
+
+
+class TrainerConfig(Settings):
+    """Where policy and reference run."""
+
+    training_shape_id: str | None = None
+    """Training shape of the policy by name; unset = the smallest validated shape that fits."""
+    reference_training_shape_id: str | None = None
+    """Shape of a separate reference. Unset = LoRA shares the policy's base, full-parameter selects one."""
+
+
+class WandBConfig(Settings):
+    """Weights & Biases, used when `project` or `entity` is set (extra `firesteel[wandb]`); offline without a key."""
+
+    entity: str | None = None
+    """Team or user."""
+    project: str | None = None
+    """Project to log to."""
+    run_name: str | None = None
+    """Name shown for this run; unset = chosen by W&B."""

@@ -1,0 +1,67 @@
+"""Held-out pairs, and the model's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from firesteel.sdk import SamplingParams
+from training.utils.client import ReconnectableClient
+from training.utils.losses import DpoObjective, PairLogprobs, preference_metrics, score_pairs
+from training.utils.pairs import PreferencePair
+from training.utils.rendering import Renderer
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and held-out pairs; no prompt is on both sides."""
+
+    train: tuple[PreferencePair, ...]
+    heldout: tuple[PreferencePair, ...]
+
+
+def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int) -> Split:
+    """Hold out at least `fraction` of the pairs, whole prompts at a time, drawn by `seed`; both keep their order."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        prompt = pair.chosen.model_input.to_ints()[: pair.prompt_len]
+        by_prompt.setdefault(np.asarray(prompt, dtype="<i8").tobytes(), []).append(index)
+    groups = list(by_prompt.values())
+    held: set[int] = set()
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(held) >= fraction * len(pairs):
+            break
+        held.update(groups[group])
+    return Split(
+        tuple(pair for index, pair in enumerate(pairs) if index not in held),
+        tuple(pair for index, pair in enumerate(pairs) if index in held),
+    )
+
+
+def evaluate(
+    policy: ReconnectableClient,
+    pairs: Sequence[PreferencePair],
+    references: Sequence[PairLogprobs],
+    objective: DpoObjective,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Metrics over held-out pairs, each pair counted once: independent of `batch_size`."""
+    logprobs = []
+    for start in range(0, len(pairs), batch_size):
+        data = [datum for pair in pairs[start : start + batch_size] for datum in pair.datums]
+        logprobs += [output["logprobs"].to_torch() for output in policy.forward(data).loss_fn_outputs]
+    return preference_metrics(score_pairs(pairs, logprobs, references), objective)
+
+
+def greedy_answers(
+    policy: ReconnectableClient, renderer: Renderer, prompts: Sequence[str], max_tokens: int
+) -> list[str]:
+    """What the policy answers to each user message, greedily."""
+    answers = []
+    for prompt in prompts:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=(renderer.end_of_turn,))
+        answer = policy.sample(renderer.question(prompt), 1, params).sequences[0]
+        answers.append(renderer.answer_text(answer.tokens))
+    return answers

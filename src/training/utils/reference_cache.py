@@ -1,0 +1,192 @@
+"""Reference log-probabilities on disk, keyed by content: computed once, right for ever.
+
+An entry's key is the hash of all that decides its values: the reference's weights and numerics, tokenizer
+and template, the token ids and which of them are scored. Loss, β, learning rate and row order are not in
+it (values are per token). Each entry carries a checksum; a sample is recomputed whenever a run starts.
+
+Which rows are computed together changes the last bits of their values. So the pass works in fixed blocks in
+dataset order, a block is committed in one transaction, the first writer wins, and what a run uses is what
+it then reads back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from firesteel.sdk import DataError, Datum, ForwardBackwardOutput
+from firesteel.sdk.operations import ModelIdentity
+from firesteel.sdk.types import FloatArray
+from training.utils.losses import PairLogprobs
+from training.utils.pairs import PreferencePair
+
+BLOCK_PAIRS = 16
+PROBE_PAIRS = 4
+# Kernels, thread counts and block composition move a log-probability by some 1e-5 in float32; another model
+# moves it by much more.
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.25}
+_SCHEMA_VERSION = 1
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, vals BLOB NOT NULL, crc INTEGER NOT NULL)"
+)
+
+
+class Reference(Protocol):
+    """What the cache asks of a reference client."""
+
+    def forward(self, data: Sequence[Datum]) -> ForwardBackwardOutput:
+        """Log-probabilities of every target."""
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """What a pass over the data found and did; counts are pairs."""
+
+    hits: int
+    computed: int
+    damaged: int
+    """Entries whose checksum did not match; they are among the computed."""
+    probed: int
+    """Cached pairs that were recomputed to compare."""
+    tokens: int
+    """Tokens that the reference read."""
+
+
+class ReferenceCache:
+    """One SQLite file shared by all runs, seen through one reference's identity."""
+
+    def __init__(self, path: Path, identity: ModelIdentity, tokenizer_identity: str) -> None:
+        """Open or create the file. Raises `DataError` if it is not a cache of this version."""
+        scope = f"{identity.weights} {identity.numerics} {tokenizer_identity}"
+        self._scope = hashlib.sha256(scope.encode()).digest()
+        self._tolerance = TOLERANCE[identity.numerics.split()[0]]
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"reference cache {path}: {error}; move the file away, it will be rebuilt"
+            ) from error
+
+    def _open(self) -> None:
+        # Autocommit; transactions are explicit. FULL: what a run has read back must survive a power cut.
+        self._database = sqlite3.connect(self._path, timeout=60, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=FULL")
+        version = self._database.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _SCHEMA_VERSION):
+            raise DataError(
+                f"reference cache {self._path}: version {version}; this program writes {_SCHEMA_VERSION}"
+            )
+        self._database.execute(_SCHEMA)
+        self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+
+    def fill(
+        self,
+        pairs: Sequence[PreferencePair],
+        reference: Reference,
+        advance: Callable[[int], None] = lambda pairs: None,
+        seed: int = 0,
+    ) -> tuple[list[PairLogprobs], CacheStatistics]:
+        """The reference log-probabilities of all pairs, in order; what is missing is computed and kept.
+
+        `advance` is told how many pairs more are done. Raises `DataError` if a cached sample differs from
+        what the reference computes now.
+        """
+        found: list[PairLogprobs] = []
+        missing, damaged, tokens = 0, 0, 0
+        cached: list[PreferencePair] = []
+        for block in _blocks(pairs):
+            known = [self._read(pair) for pair in block]
+            complete = [values for values in known if values is not None]
+            cached += [pair for pair, values in zip(block, known, strict=True) if values is not None]
+            if len(complete) < len(block):
+                missing += len(block) - len(complete)
+                tokens += sum(pair.tokens for pair in block)
+                damaged += self._compute(block, reference)
+                complete = [self._read_back(pair) for pair in block]
+            found += complete
+            advance(len(block))
+        probes = random.Random(seed).sample(cached, min(PROBE_PAIRS, len(cached)))
+        self._probe(probes, reference)
+        return found, CacheStatistics(len(pairs) - missing, missing, damaged, len(probes), tokens)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _compute(self, block: Sequence[PreferencePair], reference: Reference) -> int:
+        """Compute a whole block and commit it; entries that are there stay. Returns how many were damaged."""
+        outputs = reference.forward([datum for pair in block for datum in pair.datums]).loss_fn_outputs
+        damaged = 0
+        with self._database:  # commits, or rolls back if anything in it raises
+            self._database.execute("BEGIN IMMEDIATE")
+            for datum, output in zip((d for p in block for d in p.datums), outputs, strict=True):
+                key = self._key(datum)
+                if self._lookup(key) is None:
+                    damaged += self._database.execute("DELETE FROM logprobs WHERE key=?", (key,)).rowcount
+                values = output["logprobs"].to_numpy()[_scored(datum)].astype("<f4").tobytes()
+                row = (key, values, zlib.crc32(values))
+                self._database.execute("INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?)", row)
+        return damaged
+
+    def _probe(self, pairs: Sequence[PreferencePair], reference: Reference) -> None:
+        if not pairs:
+            return
+        outputs = reference.forward([datum for pair in pairs for datum in pair.datums]).loss_fn_outputs
+        for datum, output in zip((d for p in pairs for d in p.datums), outputs, strict=True):
+            cached = self._lookup(self._key(datum))
+            now = output["logprobs"].to_numpy()[_scored(datum)]
+            if cached is None or not np.allclose(cached, now, rtol=0, atol=self._tolerance):
+                difference = float("nan") if cached is None else float(np.abs(cached - now).max())
+                raise DataError(
+                    f"reference cache {self._path}: a cached log-probability differs by {difference:.3g} from what "
+                    f"the reference gives now (allowed: {self._tolerance}); move the file away to rebuild it"
+                )
+
+    def _read(self, pair: PreferencePair) -> PairLogprobs | None:
+        chosen, rejected = (self._lookup(self._key(datum)) for datum in pair.datums)
+        return None if chosen is None or rejected is None else PairLogprobs(chosen, rejected)
+
+    def _read_back(self, pair: PreferencePair) -> PairLogprobs:
+        values = self._read(pair)
+        if values is None:
+            raise DataError(
+                f"reference cache {self._path}: an entry vanished or was damaged while it was written"
+            )
+        return values
+
+    def _lookup(self, key: bytes) -> FloatArray | None:
+        row = self._database.execute("SELECT vals, crc FROM logprobs WHERE key=?", (key,)).fetchone()
+        if row is None or zlib.crc32(row[0]) != row[1]:
+            return None
+        return np.frombuffer(row[0], dtype="<f4").astype(np.float32)
+
+    def _key(self, datum: Datum) -> bytes:
+        digest = hashlib.sha256(self._scope)
+        tokens = np.asarray(datum.model_input.to_ints(), dtype="<i8")
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy().astype("<i8")
+        scored = np.flatnonzero(_scored(datum)).astype("<i8")
+        for part in (tokens, targets, scored):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part.tobytes())
+        return digest.digest()
+
+
+def _scored(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    mask: np.ndarray[tuple[int], np.dtype[np.bool_]] = datum.loss_fn_inputs["weights"].to_numpy() != 0
+    return mask
+
+
+def _blocks(pairs: Sequence[PreferencePair]) -> Iterator[Sequence[PreferencePair]]:
+    for start in range(0, len(pairs), BLOCK_PAIRS):
+        yield pairs[start : start + BLOCK_PAIRS]
