@@ -32,7 +32,9 @@ def show(summary: RunSummary) -> None:
     print(f"\n{'32 held-out pairs':<50} {'before':>8} {'after':>8}")
     for label, name, form in rows:
         print(f"{label:<50} {form.format(summary.before[name]):>8} {form.format(summary.after[name]):>8}")
-    print("Before training, policy and reference are the same model: accuracy and margin are 0 by definition.")
+    print(
+        "Before training, policy and reference are the same model: accuracy and margin are 0 by definition."
+    )
 
 
 if __name__ == "__main__":
@@ -45,4 +47,6 @@ if __name__ == "__main__":
     show(result)
     if not passed(result):
         sys.exit(f"the demo failed: margin > 0 and accuracy >= {REQUIRED_ACCURACY} were expected")
-    print(f"\nLearned. The adapter is in {result.export_path}; metrics are in {settings['log_path']}/metrics.jsonl.")
+    print(
+        f"\nLearned. The adapter is in {result.export_path}; metrics are in {settings['log_path']}/metrics.jsonl."
+    )

@@ -313,7 +313,7 @@ def _from_builtin(entry: ModelEntry, made: Path, scratch: Path, progress: Progre
             f"model {entry.name!r}: {entry.source!r} is unknown; built in is 'builtin:tiny-llama'"
         )
     progress("building", 0, None)
-    with _quiet_transformers():
+    with quiet_transformers():
         tiny_llama.build(made)
 
 
@@ -482,7 +482,7 @@ def _convert_gguf(entry: ModelEntry, gguf: Path, made: Path, progress: Progress)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             with redirect_stderr(
@@ -506,8 +506,8 @@ def _convert_gguf(entry: ModelEntry, gguf: Path, made: Path, progress: Progress)
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own: they would fight with ours for the line."""
+def quiet_transformers() -> Iterator[None]:
+    """While this lasts, no progress bars of transformers' own: they would fight with ours for the line."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -63,7 +63,7 @@ def tree_attention(
     tree: TreeMask | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: query ``[1, heads, T, d]``, key and value ``[1, kv_heads, T, d]`` → ``[1, T, heads, d]``."""
+    """Query ``[1, heads, T, d]``, key and value ``[1, kv_heads, T, d]`` → output ``[1, T, heads, d]``."""
     if tree is None:
         raise TreeNotPassedOn(f"{type(module).__name__} does not pass keyword arguments on to its attention")
     if dropout or attention_mask is not None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:

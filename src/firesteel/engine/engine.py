@@ -144,7 +144,7 @@ class Engine:
                 result = self._run(operation)
             except FiresteelError as error:
                 future.set_exception(error)
-            except Exception as error:  # noqa: BLE001  # the border: any failure becomes its operation's result
+            except Exception as error:  # the border: any failure becomes its operation's result
                 logger.debug("%s failed", operation_name(operation), exc_info=True)
                 failure = OperationFailed(f"{operation_name(operation)}: {type(error).__name__}: {error}")
                 failure.__cause__ = error
@@ -308,8 +308,10 @@ class Engine:
         return retained.answer
 
     def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
-        trainer = self._model(operation.model_id).trainer
-        target = Path(operation.path)
+        model = self._model(operation.model_id)
+        if not model.description.trainable:
+            raise OperationError("save_weights: this model is a frozen reference; it only runs forward")
+        trainer, target = model.trainer, Path(operation.path)
         if target.exists():
             raise OperationError(f"save_weights: {target} exists already; name a folder that does not")
         partial = target.with_name(f".partial-{target.name}")

@@ -20,6 +20,7 @@ from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
 from firesteel.engine.packing import pack
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.shapes import TrainingShape
+from firesteel.store import quiet_transformers
 
 logger = logging.getLogger("firesteel")
 
@@ -57,9 +58,10 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
     """Load a folder in Hugging Face's format on the shape's device and in its dtype, frozen, dropout off."""
     dtype = getattr(torch, shape.dtype)
     logger.info("loading %s on %s in %s", name, shape.device, shape.dtype)
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=entry.trust_remote_code, use_safetensors=True
-    )
+    with quiet_transformers():
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=entry.trust_remote_code, use_safetensors=True
+        )
     network.requires_grad_(False).eval().to(shape.device)
     native_attention = network.config._attn_implementation
     reason = why_not_tree(network)

@@ -80,9 +80,9 @@ class ModelOrder:
 
     def _remember(self, seq: int, submitted: Submitted) -> None:
         self._known[seq] = Answered(submitted.digest, submitted.future)
-        kept = kept_bytes = 0
-        for old in reversed([s for s, known in self._known.items() if known.future.done()]):
-            kept += 1
+        kept_bytes = 0
+        answered = reversed([s for s, known in self._known.items() if known.future.done()])
+        for kept, old in enumerate(answered, start=1):
             kept_bytes += _answer_bytes(self._known[old].future)
             if kept > KEPT_ANSWERS or kept_bytes > KEPT_BYTES:
                 del self._known[old]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def plan(sequences: Sequence[IntArray], token_budget: int) -> tuple[MicroBatch, 
     shares its prompt is never split, and a long run of answers to one prompt may be. What cannot be cut
     further may exceed the budget.
     """
-    shared = [common_prefix(a, b) for a, b in zip(sequences, sequences[1:], strict=False)]
+    shared = [common_prefix(a, b) for a, b in pairwise(sequences)]
     batches: list[MicroBatch] = []
     start = 0
     while start < len(sequences):

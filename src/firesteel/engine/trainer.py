@@ -16,13 +16,14 @@ import torch
 
 from firesteel.engine.adapters import Adapter, switch_adapter
 from firesteel.engine.attention import using_attention
-from firesteel.engine.losses import datum_loss
 from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
+from firesteel.engine.losses import datum_loss
 from firesteel.engine.models import BaseModel
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
 from firesteel.sdk.errors import OperationError
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, IntArray, LoraConfig
+from firesteel.store import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Trainer:
             self._adapter.write(folder)
         else:
             # Ours is not a name that others could load.
-            with using_attention(self.base.network, self.base.native_attention):
+            with using_attention(self.base.network, self.base.native_attention), quiet_transformers():
                 self.base.network.save_pretrained(folder)
 
     @property

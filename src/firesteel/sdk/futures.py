@@ -78,7 +78,9 @@ class APIFuture(Generic[T]):
 
 
 async def _completion(future: APIFuture[T]) -> T:
-    await asyncio.wait([asyncio.wrap_future(future._future)])
+    ended = asyncio.wrap_future(future._future)
+    await asyncio.wait([ended])
+    ended.exception()  # seen here, raised below; asyncio complains about errors that nobody looks at
     return future.result()
 
 
@@ -141,10 +143,9 @@ def _report_unread_failures() -> None:
             if (error := future.unread_failure()) is not None:
                 failures += 1
                 code = error.code if isinstance(error, FiresteelError) else type(error).__name__
-                print(
-                    f"error[{code}]: {future._name} failed and nobody read its result: {error}",
-                    file=sys.stderr,
-                )  # noqa: T201
+                sys.stderr.write(
+                    f"error[{code}]: {future._name} failed and nobody read its result: {error}\n"
+                )
     if failures:
         # An exit handler cannot change the exit status in any other way; so first do what would follow.
         logging.shutdown()

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.errors import OperationError
+from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.types import (
     AdamParams,
     Datum,
@@ -86,7 +86,10 @@ class ResolveShape:
 
 @dataclass(frozen=True)
 class CreateModel:
-    """Load a model on a shape; `lora` None trains all weights (or none on a forward-only use). Result: `ModelDescription`."""
+    """Load a model on a shape. Result: `ModelDescription`.
+
+    With `lora` an adapter is trained, without it all weights; a model that is not `trainable` only runs forward.
+    """
 
     base_model: str
     shape: TrainingShape
@@ -174,7 +177,10 @@ class OptimStep:
 
 @dataclass(frozen=True)
 class SaveWeights:
-    """Export to a folder: a LoRA policy in PEFT's format, a full model in Hugging Face's. Result: `SaveWeightsResponse`."""
+    """Export to a new folder: an adapter in PEFT's format, all weights in Hugging Face's.
+
+    Result: `SaveWeightsResponse`.
+    """
 
     model_id: str
     seq_id: int
@@ -299,7 +305,8 @@ def _check_datum(index: int, datum: Datum, loss_fn: str) -> None:
     for name in ("weights", *_LOSS_INPUTS[loss_fn]):
         if name in inputs and inputs[name].shape != targets.shape:
             raise OperationError(
-                f"data[{index}].loss_fn_inputs[{name!r}]: shape {inputs[name].shape} for targets of shape {targets.shape}"
+                f"data[{index}].loss_fn_inputs[{name!r}]: shape {inputs[name].shape} "
+                f"for targets of shape {targets.shape}"
             )
         if name in inputs and not np.isfinite(inputs[name].to_numpy()).all():
             raise OperationError(f"data[{index}].loss_fn_inputs[{name!r}]: holds a value that is not finite")

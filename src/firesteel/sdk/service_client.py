@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.conversion import as_lora_config
 from firesteel.sdk.errors import ClosedError, ConfigError
 from firesteel.sdk.operations import CreateBaseReference, CreateModel, ModelDescription, ResolveShape
+from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.training_client import TrainingClient
 from firesteel.sdk.transport import Transport
 from firesteel.sdk.types import LoraConfig

@@ -105,13 +105,13 @@ class TrainingClient:
         output = forward.result()
         try:
             gradient, metrics = _differentiate(loss_fn, passed, output)
+            return self._send(
+                lambda seq: Backward(self.model_id, seq, of, gradient),
+                lambda result: replace(result, metrics=metrics),
+            )
         except BaseException:
             self._submit(ReleaseForward(self.model_id, of))
             raise
-        return self._send(
-            lambda seq: Backward(self.model_id, seq, of, gradient),
-            lambda result: replace(result, metrics=metrics),
-        )
 
     def optim_step(self, adam_params: Any) -> APIFuture[OptimStepResponse]:
         """One AdamW step with these settings on the gradient added so far, which it clears."""
@@ -132,6 +132,7 @@ class TrainingClient:
 
     def identify(self) -> APIFuture[ModelIdentity]:
         """The hash of the weights as they are in memory, and what the arithmetic depends on."""
+        self._ledger.raise_unread()
         return self._submit(IdentifyModel(self.model_id))
 
     def unload(self) -> None:
@@ -193,9 +194,10 @@ def _differentiate(
         raise OperationError("the custom loss must return (scalar tensor, dict of numbers)")
     if not math.isfinite(loss.item()):
         raise OperationError(f"the custom loss is {loss.item()}; nothing was added to the gradient")
-    if not loss.requires_grad:
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    if all(leaf.grad is None for leaf in leaves):
         raise OperationError("the custom loss does not depend on the log-probabilities it was given")
-    loss.backward()  # type: ignore[no-untyped-call]
     # A leaf that the loss does not use has derivative zero.
     gradient = tuple(
         np.zeros(leaf.shape, np.float32) if leaf.grad is None else leaf.grad.numpy() for leaf in leaves

@@ -272,7 +272,8 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
     cache.close()
     run.display.say(
         f"reference: {len(pairs)} pairs, {statistics.hits} from the cache, {statistics.computed} computed "
-        f"({statistics.damaged} damaged entries replaced, {statistics.probed} checked) in {time.monotonic() - started:.1f} s"
+        f"({statistics.damaged} damaged entries replaced, {statistics.probed} checked) "
+        f"in {time.monotonic() - started:.1f} s"
     )
     job_id = service.reference_trainer_job_id
     service.release_references()

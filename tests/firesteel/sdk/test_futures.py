@@ -255,7 +255,6 @@ try:
 except firesteel.sdk.OperationError:
     print('seen')
 """,
-    "closes": "steps(1); client.save_weights(folder); service.close(); service.close(); print('closed')",
     "dies": "steps(20); client.save_weights(folder); raise KeyError('mine')",
     "leaves with its own status": "import sys; client.save_weights(folder); sys.exit(3)",
 }
@@ -304,12 +303,6 @@ def test_a_script_that_read_its_failure_exits_well(outcomes) -> None:
     outcome, _ = outcomes["reads its failure"]
     assert (outcome.status, outcome.stdout) == (0, "seen\n"), outcome.stderr
     assert "error[" not in outcome.stderr
-
-
-def test_a_script_that_closes_exits_well(outcomes) -> None:
-    outcome, folder = outcomes["closes"]
-    assert (outcome.status, outcome.stdout) == (0, "closed\n"), outcome.stderr
-    assert (folder / "adapter_config.json").is_file()
 
 
 def test_an_uncaught_exception_still_exits_1_after_the_queue_is_done(outcomes) -> None:
