@@ -31,16 +31,10 @@ class TreeMask:
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self.segments = tree.segments
         self.reached_attention = False
-        self._paths = tree.paths
+        self.lengths = [segment.length for segment in tree.segments]
+        self.paths = [(*path, index) for index, path in enumerate(tree.paths)]
+        """For each segment, the segments it attends to, from the root to itself."""
         self._device = device
-
-    @cached_property
-    def spans(self) -> list[list[slice]]:
-        """For each segment, the parts of the row it attends to, from the root to itself."""
-        return [
-            [slice(self.segments[i].start, self.segments[i].end) for i in (*path, index)]
-            for index, path in enumerate(self._paths)
-        ]
 
     @cached_property
     def masks(self) -> list[torch.Tensor | None]:
@@ -70,26 +64,21 @@ def tree_attention(
         raise TreeNotPassedOn(f"{type(module).__name__} needs a mask, dropout, soft-capping or sinks")
     tree.reached_attention = True
     grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for segment, spans, mask in zip(tree.segments, tree.spans, tree.masks, strict=True):
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, segment.start : segment.end],
-                _along(key, spans),
-                _along(value, spans),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+    # Split once and join along paths: the gradient of a slice would be as long as the whole row.
+    queries, keys, values = (states.split(tree.lengths, dim=2) for states in (query, key, value))
+    outputs = [
+        F.scaled_dot_product_attention(
+            own,
+            torch.cat([keys[i] for i in path], dim=2),
+            torch.cat([values[i] for i in path], dim=2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
+        for own, path, mask in zip(queries, tree.paths, tree.masks, strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _along(states: torch.Tensor, spans: list[slice]) -> torch.Tensor:
-    if len(spans) == 1:
-        return states[:, :, spans[0]]
-    return torch.cat([states[:, :, span] for span in spans], dim=2)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -6,6 +6,7 @@ import itertools
 import logging
 import shutil
 import threading
+import traceback
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ import torch
 
 from firesteel import store
 from firesteel.catalog import load_catalog
-from firesteel.engine.models import BaseModel, load_base, numerics_identity, weights_identity
-from firesteel.engine.ordering import ModelOrder
+from firesteel.engine.models import BaseModel, load_base, numerics_identity, on_shape, weights_identity
+from firesteel.engine.ordering import ModelOrder, new_future
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
 from firesteel.engine.trainer import Scores, Sequences, Trainer, built_in_loss, linear_loss
@@ -109,7 +110,7 @@ class Engine:
                     future, ready = self._orders[operation.model_id].accept(operation)
                     self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
                 case _:
-                    future = Future()
+                    future = new_future()
                     self._queue.append((operation, future))
             self._wake.notify()
         return future
@@ -140,19 +141,22 @@ class Engine:
                 if not self._queue:
                     return
                 operation, future = self._queue.popleft()
-            try:
-                result = self._run(operation)
-            except FiresteelError as error:
-                future.set_exception(error)
-            except Exception as error:  # the border: any failure becomes its operation's result
-                logger.debug("%s failed", operation_name(operation), exc_info=True)
-                failure = OperationFailed(f"{operation_name(operation)}: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                future.set_exception(failure)
-            else:
-                future.set_result(result)
+            self._answer(operation, future)
             # Nothing of the last operation may stay alive while the thread waits for the next.
             del operation, future
+
+    def _answer(self, operation: Operation, future: Future[Any]) -> None:
+        try:
+            future.set_result(self._run(operation))
+        except FiresteelError as error:
+            _forget_frames(error)
+            future.set_exception(error)
+        except Exception as error:  # the border: any failure becomes its operation's result
+            logger.debug("%s failed", operation_name(operation), exc_info=True)
+            failure = OperationFailed(f"{operation_name(operation)}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            _forget_frames(error)
+            future.set_exception(failure)
 
     def _run(self, operation: Operation) -> Any:
         match operation:
@@ -233,7 +237,7 @@ class Engine:
         key = (str(folder), shape.device, shape.dtype)
         if key not in self._shared_bases:
             self._shared_bases[key] = load_base(operation.base_model, entry, folder, shape)
-        return self._shared_bases[key]
+        return on_shape(self._shared_bases[key], operation.base_model, shape)
 
     def _create_base_reference(self, operation: CreateBaseReference) -> ModelDescription:
         policy = self._model(operation.policy_id)
@@ -269,10 +273,9 @@ class Engine:
         with self._wake:
             del self._models[model_id]
             self._orders.pop(model_id).fail_held()
-        if all(model.trainer.base is not trainer.base for model in self._models.values()):
-            self._shared_bases = {
-                k: base for k, base in self._shared_bases.items() if base is not trainer.base
-            }
+        network = trainer.base.network
+        if all(model.trainer.base.network is not network for model in self._models.values()):
+            self._shared_bases = {k: b for k, b in self._shared_bases.items() if b.network is not network}
 
     def _forward(self, operation: Forward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -332,6 +335,14 @@ class Engine:
         return (
             f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self._models) or 'none'}"
         )
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Free what the failed calls held (a pass's tensors); their error is kept for retries, with its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:

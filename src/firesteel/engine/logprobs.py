@@ -1,7 +1,7 @@
 """Hidden states and head → log-probabilities of targets.
 
-The model's own head runs on the positions that somebody asks for, so logit scaling, soft-capping, a bias or
-an adapter on the head all count. A position that several sequences share has one row of logits.
+The model's own head runs, so logit scaling, soft-capping, a bias or an adapter on the head all count. A
+position that several sequences share has one row of logits.
 """
 
 from __future__ import annotations
@@ -23,39 +23,41 @@ def tree_logprobs(model: PreTrainedModel, tree: Tree, targets: Sequence[IntArray
     `targets[i][j]` is scored at token j of sequence i. Reductions are fp32, or fp64 in an fp64 model.
     """
     device = model.device
-    positions = np.unique(np.concatenate(tree.rows))
     mask = TreeMask(tree, device)
     logits = model(
         input_ids=torch.from_numpy(tree.tokens)[None].to(device),
         position_ids=torch.from_numpy(tree.positions)[None].to(device),
-        logits_to_keep=torch.from_numpy(positions).to(device),
         tree=mask,
         use_cache=False,
     ).logits[0]
     if not mask.reached_attention:
         raise TreeNotPassedOn(f"{type(model).__name__} computes its attention by itself")
-    normalizer = _log_normalizer(logits)
-    return [
-        _pick(logits, normalizer, np.searchsorted(positions, row), target)
-        for row, target in zip(tree.rows, targets, strict=True)
-    ]
+    return _scores(logits, tree.rows, targets)
 
 
 def plain_logprobs(model: PreTrainedModel, tokens: IntArray, targets: IntArray) -> torch.Tensor:
     """The same for one sequence by itself, through the model's own attention: for models a tree cannot serve."""
     logits = model(input_ids=torch.from_numpy(tokens)[None].to(model.device), use_cache=False).logits[0]
-    return _pick(logits, _log_normalizer(logits), np.arange(len(tokens)), targets)
+    return _scores(logits, [np.arange(len(tokens))], [targets])[0]
 
 
-def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:
-    return torch.logsumexp(_widened(logits), dim=-1)
+def _scores(
+    logits: torch.Tensor, rows: Sequence[IntArray], targets: Sequence[IntArray]
+) -> list[torch.Tensor]:
+    """``logits[row, target] - logsumexp(logits[row])`` for every target of every sequence.
 
-
-def _pick(logits: torch.Tensor, normalizer: torch.Tensor, rows: IntArray, targets: IntArray) -> torch.Tensor:
-    # [n, 1] for plain targets, [n, K] for several targets at one position.
-    wide = torch.from_numpy(targets.reshape(len(targets), -1)).to(logits.device)
-    index = torch.from_numpy(rows).to(logits.device)[:, None]
-    return (_widened(logits[index, wide]) - normalizer[index]).reshape(targets.shape)
+    One gather for all of them: the gradient of a gather is as large as the logits, whatever it picks.
+    """
+    per_target = [
+        np.broadcast_to(r.reshape(-1, *[1] * (t.ndim - 1)), t.shape)
+        for r, t in zip(rows, targets, strict=True)
+    ]
+    index = torch.from_numpy(np.concatenate([row.ravel() for row in per_target])).to(logits.device)
+    chosen = torch.from_numpy(np.concatenate([target.ravel() for target in targets])).to(logits.device)
+    normalizer = torch.logsumexp(_widened(logits), dim=-1)
+    scores = _widened(logits[index, chosen]) - normalizer[index]
+    parts = scores.split([target.size for target in targets])
+    return [part.reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
 
 
 def _widened(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,11 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
         native_attention=native_attention,
         max_context_length=_context_length(name, network.config, shape),
     )
+
+
+def on_shape(base: BaseModel, name: str, shape: TrainingShape) -> BaseModel:
+    """The same weights under another name, with the limits of another shape of the same device and dtype."""
+    return replace(base, name=name, max_context_length=_context_length(name, base.network.config, shape))
 
 
 def _context_length(name: str, config: PretrainedConfig, shape: TrainingShape) -> int:

@@ -17,13 +17,20 @@ KEPT_ANSWERS = 64
 KEPT_BYTES = 64 * 2**20
 
 
+def new_future() -> Future[Any]:
+    """A future that cannot be cancelled: what was submitted runs, or fails by name."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(frozen=True)
 class Submitted:
     """An operation, its content's hash, and the future that answers it (to every retry alike)."""
 
     operation: OrderedOperation
     digest: bytes
-    future: Future[Any] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=new_future)
 
 
 @dataclass(frozen=True)

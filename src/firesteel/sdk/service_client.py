@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -63,7 +64,7 @@ class ServiceClient:
         self.provisioning = provisioning or Provisioning()
         self._transport = transport
         self._policies: list[TrainingClient] = []
-        self._references: list[TrainingClient] = []
+        self._references: list[tuple[ReferenceStrategy, TrainingClient]] = []
         self._closed = False
 
     def create_training_client(
@@ -80,7 +81,11 @@ class ServiceClient:
         `lora_config` (ours or one with the same attributes) gives all adapter settings at once.
         """
         config = as_lora_config(lora_config) if lora_config is not None else None
+        if config is not None and lora_rank not in (None, config.rank):
+            raise ConfigError(f"lora_rank: {lora_rank} was given, and a lora_config of rank {config.rank}")
         rank = self._agreed("lora_rank", config.rank if config else lora_rank, self.provisioning.lora_rank)
+        if (rank or 0) < 0:
+            raise ConfigError(f"lora_rank: {rank}; 0 trains all weights, an adapter needs 1 or more")
         if config is None and rank:
             config = LoraConfig(rank=rank, alpha=lora_alpha, seed=seed)
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
@@ -114,7 +119,7 @@ class ServiceClient:
         else:
             shape = self._resolve(model, REFERENCE_MODES, self.provisioning.reference_training_shape_id)
             client = self._create(CreateModel(model, shape, trainable=False))
-        self._references.append(client)
+        self._references.append((strategy, client))
         return client
 
     @property
@@ -125,11 +130,8 @@ class ServiceClient:
     @property
     def reference_trainer_job_id(self) -> str | None:
         """The separate reference created last; None where the reference shares the policy's base."""
-        rank = self.provisioning.lora_rank or 0
-        shared = (
-            decide_reference(rank, self.provisioning.reference_training_shape_id) is ReferenceStrategy.SHARED
-        )
-        return None if shared or not self._references else self._references[-1].model_id
+        separate = [client for strategy, client in self._references if strategy is ReferenceStrategy.SEPARATE]
+        return separate[-1].model_id if separate else None
 
     @property
     def max_context_length(self) -> int | None:
@@ -139,20 +141,22 @@ class ServiceClient:
     def release_references(self) -> None:
         """Unload the reference models and free their memory."""
         while self._references:
-            self._references.pop().unload()
+            self._references.pop()[1].unload()
 
     def close(self) -> None:
         """Unload what this service client created. Raises an error of theirs that nobody read."""
         if self._closed:
             return
         self._closed = True
-        try:
-            self.release_references()
+        cleanup = self.provisioning.cleanup_trainer_on_close
+        # Last in, first out, and each is ended even if the end of another raises.
+        with ExitStack() as ending:
+            if cleanup:
+                ending.callback(self._transport.close)
             for policy in self._policies:
-                policy.unload() if self.provisioning.cleanup_trainer_on_close else policy.close()
-        finally:
-            if self.provisioning.cleanup_trainer_on_close:
-                self._transport.close()
+                ending.callback(policy.unload if cleanup else policy.close)
+            while self._references:
+                ending.callback(self._references.pop()[1].unload)
 
     def __enter__(self) -> ServiceClient:
         return self

@@ -4,6 +4,7 @@ import gc
 import resource
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -40,6 +41,15 @@ from firesteel.sdk.shapes import Mode
 from firesteel.sdk.types import ForwardBackwardOutput, SamplingParams, TensorData
 
 SGD_LIKE = AdamParams(learning_rate=1e-2, beta1=0.0, beta2=0.0, eps=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more to threads than they gain, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -322,6 +332,7 @@ def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(engine, po
     monkeypatch.undo()
     assert isinstance(error, OperationFailed)
     assert "MemoryError: injected" in str(error)
+    assert "logprobs.py" in "".join(traceback.format_exception(error))  # where it failed can still be read
     assert len(held) == 1
     gc.collect()
     assert held[0]() is None
@@ -358,12 +369,12 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(engine, policy,
     assert "no gradient" in str(engine.submit(OptimStep(policy, 6, SGD_LIKE)).exception(60))
 
 
-def test_a_cancelled_future_does_not_stop_the_engine(engine, policy, data) -> None:
+def test_what_was_submitted_cannot_be_cancelled(engine, policy, data) -> None:
     gate = Gate(engine, policy)
-    cancelled = engine.submit(Forward(policy, 1, data))
-    assert cancelled.cancel()
+    futures = [engine.submit(Forward(policy, 1, data)), engine.submit(IdentifyModel(policy))]
+    assert not any(future.cancel() for future in futures)
     gate.open()
-    assert engine.submit(Forward(policy, 2, data)).exception(10) is None
+    assert [future.exception(60) for future in futures] == [None, None]
 
 
 # Forward and backward
@@ -419,30 +430,22 @@ def test_a_backward_gives_the_gradient_of_any_loss_with_these_derivatives(engine
 
 
 def test_two_policies_on_one_base_do_not_touch_each_other(engine, llama_folder, rng) -> None:
-    def train(models: list[str], batches: dict[int, tuple[Datum, ...]]) -> list[np.ndarray]:
-        for seq in (1, 3, 5):
-            for kind in (lambda m, s, d: ForwardBackward(m, s, d), lambda m, s, d: OptimStep(m, s + 1, SGD_LIKE)):
-                for index, model in enumerate(models):
-                    engine.submit(kind(model, seq, batches[index]))
-        return [logprobs(engine, model, 7, batches[0]) for model in models]
+    loras = [LoraConfig(rank=2, seed=1), LoraConfig(rank=3, seed=2, train_mlp=False)]
+    batches = [tuple(make_pairs(rng, 1)) for _ in loras]
 
-    batches = {0: tuple(make_pairs(rng, 1)), 1: tuple(make_pairs(rng, 1))}
-    first = LoraConfig(rank=2, seed=1)
-    second = LoraConfig(rank=3, seed=2, train_mlp=False)
-    together = [create(engine, llama_folder, first), create(engine, llama_folder, second)]
-    assert engine._models[together[0]].trainer.base is engine._models[together[1]].trainer.base
-    interleaved = train(together, batches)
-    for lora, index, expected in ((first, 0, interleaved[0]), (second, 1, interleaved[1])):
-        alone = train([create(engine, llama_folder, lora)], {0: batches[index]})
-        # `train` scores the first batch it is given.
-        engine.submit(UnloadModel(together[index])).result(60)
-        if index == 0:
-            assert np.array_equal(alone[0], expected)
-    alone_second = create(engine, llama_folder, second)
-    for seq in (1, 3, 5):
-        engine.submit(ForwardBackward(alone_second, seq, batches[1]))
-        engine.submit(OptimStep(alone_second, seq + 1, SGD_LIKE))
-    assert np.array_equal(logprobs(engine, alone_second, 7, batches[0]), interleaved[1])
+    def trained(*which: int) -> list[np.ndarray]:
+        """Policies trained side by side, then what each says of its own batch."""
+        models = {index: create(engine, llama_folder, loras[index]) for index in which}
+        for seq in (1, 3, 5):
+            for index, model in models.items():
+                engine.submit(ForwardBackward(model, seq, batches[index]))
+            for model in models.values():
+                engine.submit(OptimStep(model, seq + 1, SGD_LIKE))
+        assert len({id(engine._models[model].trainer.base.network) for model in models.values()}) == 1
+        return [logprobs(engine, model, 7, batches[index]) for index, model in models.items()]
+
+    for together, alone in zip(trained(0, 1), [*trained(0), *trained(1)], strict=True):
+        assert np.array_equal(together, alone)
 
 
 def test_unloading_one_policy_leaves_the_others_and_the_base_as_they_were(engine, llama_folder, data) -> None:
@@ -503,13 +506,14 @@ def test_memory_is_flat_over_thousands_of_operations(engine, policy) -> None:
             engine.submit(OptimStep(policy, seq + 1, SGD_LIKE)).result(60)
             assert len(order._known) <= KEPT_ANSWERS + 2
         gc.collect()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
 
     before = steps(1, 400)
     after = steps(401, 1600)
     assert len(order._held) == 0
     assert len(engine._models[policy].retained) == 0
-    assert after - before < 16 * 1024  # KiB, 10 KiB an operation
+    assert after - before < 16 * 2**20  # 10 KiB an operation
     with pytest.raises(OperationError, match="no longer kept"):
         engine.submit(OptimStep(policy, 2, SGD_LIKE))
     assert engine.submit(OptimStep(policy, 2000, SGD_LIKE)).result(60)

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY
-from plain import load_plain, norms_in_own_dtype, plain_logits, plain_logprobs
 from trainers import load
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PhiConfig, PreTrainedModel
 
+from conftest import ARCHITECTURES, VOCABULARY
 from firesteel.engine import logprobs
 from firesteel.engine.logprobs import tree_logprobs
 from firesteel.engine.packing import pack
 from firesteel.sdk import Datum, ModelInput
+from plain import load_plain, norms_in_own_dtype, plain_logits, plain_logprobs
 
 PRECISIONS = {"float64": 1e-10, "float32": 1e-5}
 
@@ -46,7 +46,9 @@ HEADS = {
 
 def datum(tokens: np.ndarray, targets: np.ndarray | None = None) -> Datum:
     """Every token of the sequence is read and scored, or `targets` at its places."""
-    return Datum(ModelInput.from_ints(tokens), {"target_tokens": np.roll(tokens, -1) if targets is None else targets})
+    return Datum(
+        ModelInput.from_ints(tokens), {"target_tokens": np.roll(tokens, -1) if targets is None else targets}
+    )
 
 
 def forest(rng: np.random.Generator) -> list[Datum]:
@@ -73,7 +75,9 @@ def forest(rng: np.random.Generator) -> list[Datum]:
 def on_a_tree(network: PreTrainedModel, data: Iterable[Datum]) -> list[torch.Tensor]:
     rows = [np.asarray(d.model_input.to_ints(), np.int64) for d in data]
     with torch.no_grad():
-        return tree_logprobs(network, pack(rows), [d.loss_fn_inputs["target_tokens"].to_numpy() for d in data])
+        return tree_logprobs(
+            network, pack(rows), [d.loss_fn_inputs["target_tokens"].to_numpy() for d in data]
+        )
 
 
 def by_itself(network: PreTrainedModel, data: Iterable[Datum]) -> list[torch.Tensor]:
@@ -101,7 +105,9 @@ def test_a_tree_gives_the_log_probabilities_of_the_plain_path(
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_what_a_head_does_beside_a_product_counts(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+def test_what_a_head_does_beside_a_product_counts(
+    tmp_path: Path, rng: np.random.Generator, name: str
+) -> None:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(HEADS[name])
     if name == "bias":
@@ -160,7 +166,9 @@ def test_the_chosen_side_cannot_see_the_rejected_one(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_token_sees_a_later_one(model_folders: dict[str, Path], rng: np.random.Generator, name: str) -> None:
+def test_no_token_sees_a_later_one(
+    model_folders: dict[str, Path], rng: np.random.Generator, name: str
+) -> None:
     network = load(model_folders[name]).network
     data = forest(rng)
     tokens = np.asarray(data[0].model_input.to_ints())
@@ -199,8 +207,10 @@ def test_several_targets_at_a_position_are_scored_like_one_by_one(
     assert [tuple(values.shape) for values in ours] == [(11, 4), (9, 4)]
     assert largest_difference(ours, by_itself(plain, wide)) <= 1e-5
     for column in range(4):
-        narrow = [datum(row, d.loss_fn_inputs["target_tokens"].to_numpy()[:, column])
-                  for row, d in zip(rows, wide, strict=True)]
+        narrow = [
+            datum(row, d.loss_fn_inputs["target_tokens"].to_numpy()[:, column])
+            for row, d in zip(rows, wide, strict=True)
+        ]
         assert largest_difference(on_a_tree(network, narrow), [values[:, column] for values in ours]) == 0
 
 

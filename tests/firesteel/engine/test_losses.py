@@ -107,9 +107,7 @@ def test_dro_is_the_advantage_less_a_quadratic_penalty() -> None:
     beta = 0.4
     value, gradient = value_and_gradient("dro", rollout(), POLICY, {"beta": beta})
     distances = [-LOG2, 0.0, LOG2, 3 * LOG2]
-    expected = -sum(
-        p * a - 0.5 * beta * d * d for p, a, d in zip(POLICY, ADVANTAGES, distances, strict=True)
-    )
+    expected = -sum(p * a - 0.5 * beta * d * d for p, a, d in zip(POLICY, ADVANTAGES, distances, strict=True))
     assert value == pytest.approx(expected, rel=1e-6)
     assert gradient == pytest.approx(
         [beta * d - a for d, a in zip(distances, ADVANTAGES, strict=True)], rel=1e-6
@@ -136,17 +134,29 @@ def test_on_policy_every_ratio_loss_has_the_policy_gradient(name: str) -> None:
 
 def test_several_targets_at_a_position_are_summed_too() -> None:
     weights = np.asarray([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], np.float32)
-    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": np.zeros((2, 3), np.int64), "weights": weights})
+    datum = Datum(
+        ModelInput.from_ints([1, 2]), {"target_tokens": np.zeros((2, 3), np.int64), "weights": weights}
+    )
     logprobs = -torch.arange(1.0, 7.0, dtype=torch.float64).reshape(2, 3)
     assert datum_loss("cross_entropy", logprobs, datum).item() == pytest.approx(0.5 + 0.5 + 0.75 + 4)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("cross_entropy", None), ("importance_sampling", None), ("ppo", None),
-                                               ("cispo", None), ("dro", {"beta": 0.4})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cross_entropy", None),
+        ("importance_sampling", None),
+        ("ppo", None),
+        ("cispo", None),
+        ("dro", {"beta": 0.4}),
+    ],
+)
 def test_float32_losses_are_close_to_float64(name: str, settings: dict[str, float] | None) -> None:
     rng = np.random.default_rng(0)
     sampler = rng.normal(-4, 1, 200)
     datum = rollout(rng.normal(size=200).tolist(), sampler.tolist())
     policy = torch.from_numpy(sampler + rng.normal(0, 0.3, 200))
-    exact, single = (datum_loss(name, policy.to(t), datum, settings).item() for t in (torch.float64, torch.float32))
+    exact, single = (
+        datum_loss(name, policy.to(t), datum, settings).item() for t in (torch.float64, torch.float32)
+    )
     assert single == pytest.approx(exact, rel=1e-5, abs=1e-3)

@@ -11,9 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_datum
-from plain import load_plain, plain_logprobs
-from trainers import clear, full_trainer, gradients, load, lora_trainer, relative_difference, sequences, spread_lora
+from trainers import (
+    clear,
+    full_trainer,
+    gradients,
+    load,
+    lora_trainer,
+    relative_difference,
+    sequences,
+    spread_lora,
+)
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -24,8 +31,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from conftest import VOCABULARY, make_datum
 from firesteel.engine.models import numerics_identity, weights_identity
 from firesteel.engine.trainer import built_in_loss
+from plain import load_plain, plain_logprobs
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -145,7 +154,13 @@ def test_two_loads_have_one_identity(llama_folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
 )
 def test_one_weight_by_one_ulp_is_another_identity(llama_folder: str, name: str) -> None:
     network = load(llama_folder).network
@@ -170,7 +185,9 @@ def test_another_configuration_is_another_identity(
     config = json.loads((changed / "config.json").read_text())
     assert config[setting] != value
     (changed / "config.json").write_text(json.dumps({**config, setting: value}))
-    assert weights_identity(load(changed).network) != weights_identity(load(model_folders[architecture]).network)
+    assert weights_identity(load(changed).network) != weights_identity(
+        load(model_folders[architecture]).network
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
@@ -187,7 +204,11 @@ def test_an_adapter_leaves_the_identity_of_its_base(
     assert weights_identity(base.network) == before
     two.unload()
     clear(one)
-    assert weights_identity(base.network) == before == weights_identity(load(model_folders[architecture]).network)
+    assert (
+        weights_identity(base.network)
+        == before
+        == weights_identity(load(model_folders[architecture]).network)
+    )
 
 
 def test_numerics_name_the_dtype_and_the_attention_path(llama_folder: str, folder_of) -> None:

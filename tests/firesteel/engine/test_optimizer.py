@@ -27,12 +27,18 @@ class NumpyAdamW:
             self.weights[i] *= 1 - p.learning_rate * p.weight_decay
             self.first[i] = p.beta1 * self.first[i] + (1 - p.beta1) * g
             self.second[i] = p.beta2 * self.second[i] + (1 - p.beta2) * g * g
-            mean, variance = self.first[i] / (1 - p.beta1**self.steps), self.second[i] / (1 - p.beta2**self.steps)
+            mean, variance = (
+                self.first[i] / (1 - p.beta1**self.steps),
+                self.second[i] / (1 - p.beta2**self.steps),
+            )
             self.weights[i] -= p.learning_rate * mean / (np.sqrt(variance) + p.eps)
 
 
 def parameters(rng: np.random.Generator, dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)).to(dtype)) for shape in [(3, 4), (5,), (1,)]]
+    return [
+        torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)).to(dtype))
+        for shape in [(3, 4), (5,), (1,)]
+    ]
 
 
 def give(weights: list[torch.nn.Parameter], gradients: list[np.ndarray]) -> None:
@@ -89,7 +95,9 @@ def test_without_decay_a_zero_gradient_moves_nothing(rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_clipping_bounds_the_global_norm_and_reports_the_one_before(rng: np.random.Generator, scale: float) -> None:
+def test_clipping_bounds_the_global_norm_and_reports_the_one_before(
+    rng: np.random.Generator, scale: float
+) -> None:
     weights = parameters(rng)
     optimizer, expected = Optimizer(weights), NumpyAdamW(copies(weights))
     # eps far above the gradient: Adam would otherwise hide any scale.

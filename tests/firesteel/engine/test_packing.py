@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -173,12 +175,14 @@ def test_a_pair_that_shares_its_prompt_is_never_split(
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 60))
 def test_pairs_fill_a_batch_up_to_the_budget_and_no_further(answers: list[int], budget: int) -> None:
     batch = [
-        [pair, *range(100, 105), side, *range(200, 200 + n)] for pair, n in enumerate(answers) for side in (98, 99)
+        [pair, *range(100, 105), side, *range(200, 200 + n)]
+        for pair, n in enumerate(answers)
+        for side in (98, 99)
     ]
     cut = plan(arrays(batch), budget)
     for part in cut:
         assert len(part.members) == 2 or len(part.tree.tokens) <= budget
-    for part, following in zip(cut, cut[1:], strict=False):
+    for part, following in itertools.pairwise(cut):
         next_pair = batch[following.members[0] : following.members[0] + 2]
         together = len(part.tree.tokens) + len(prefixes(next_pair))
         assert together > budget, "a batch was closed although the next pair had fitted in"
@@ -188,7 +192,7 @@ def test_pairs_fill_a_batch_up_to_the_budget_and_no_further(answers: list[int], 
 @given(batches, st.integers(1, 30))
 def test_a_batch_over_the_budget_has_no_place_to_cut(batch: list[list[int]], budget: int) -> None:
     sequences = arrays(batch)
-    shared = [common_prefix(a, b) for a, b in zip(sequences, sequences[1:], strict=False)]
+    shared = [common_prefix(a, b) for a, b in itertools.pairwise(sequences)]
     for part in plan(sequences, budget):
         if len(part.tree.tokens) <= budget:
             continue

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, VOCABULARY, make_datum, make_pairs
-from plain import load_plain, norms_in_own_dtype, plain_logprobs
 from trainers import (
     clear,
     full_trainer,
@@ -26,9 +24,11 @@ from trainers import (
 )
 from transformers import PreTrainedModel
 
+from conftest import ARCHITECTURES, VOCABULARY, make_datum, make_pairs
 from firesteel.engine.trainer import DatumLoss, Trainer, built_in_loss, linear_loss
 from firesteel.sdk import AdamParams, Datum, ModelInput, OperationError
 from firesteel.sdk.types import TensorData
+from plain import load_plain, norms_in_own_dtype, plain_logprobs
 
 PRECISIONS = {"float64": 1e-10, "float32": 1e-5}
 BETA = 0.3
@@ -62,7 +62,9 @@ def masked_sum(logprobs: torch.Tensor, datum: Datum) -> torch.Tensor:
     return (logprobs * datum.loss_fn_inputs["weights"].to_torch().to(logprobs.dtype)).sum()
 
 
-def dpo(logprobs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], data: Sequence[Datum]) -> torch.Tensor:
+def dpo(
+    logprobs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], data: Sequence[Datum]
+) -> torch.Tensor:
     """DPO's loss summed over the pairs, written out here a second time: chosen and rejected in turn."""
     ratio = [masked_sum(p - r, d) for p, r, d in zip(logprobs, reference, data, strict=True)]
     margins = torch.stack(ratio[::2]) - torch.stack(ratio[1::2])
@@ -124,7 +126,9 @@ def test_a_shared_prefix_gives_an_adapter_the_gradient_of_separate_sequences(
         with torch.no_grad():
             for layer in layers:
                 plain.get_submodule(layer).weight += (
-                    scale * adapter[f"{layer}.lora_B.policy.weight"] @ adapter[f"{layer}.lora_A.policy.weight"]
+                    scale
+                    * adapter[f"{layer}.lora_B.policy.weight"]
+                    @ adapter[f"{layer}.lora_A.policy.weight"]
                 )
         whole = plain_gradient(plain, data)
     expected = {}
@@ -394,7 +398,9 @@ def test_a_derivative_with_respect_to_several_targets_reaches_them(
     llama_folder: str, rng: np.random.Generator
 ) -> None:
     row = rng.integers(2, VOCABULARY, 6)
-    wide = Datum(ModelInput.from_ints(row), {"target_tokens": TensorData(rng.integers(0, VOCABULARY, (6, 3)))})
+    wide = Datum(
+        ModelInput.from_ints(row), {"target_tokens": TensorData(rng.integers(0, VOCABULARY, (6, 3)))}
+    )
     derivative = rng.normal(size=(6, 3)).astype(np.float32)
     trainer, plain = full_trainer(llama_folder), load_plain(llama_folder)
     ours = gradient_of(trainer, [wide], linear_loss([derivative]))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import VOCABULARY, make_datum
 
+from conftest import VOCABULARY, make_datum
 from firesteel.catalog import ModelEntry
 from firesteel.engine.models import BaseModel, load_base
 from firesteel.engine.packing import plan

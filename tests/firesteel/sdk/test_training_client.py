@@ -40,6 +40,15 @@ class RecordingEngine(Engine):
         return super().submit(operation)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more to threads than they gain, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[RecordingEngine]:
     made = RecordingEngine()

@@ -1,0 +1,37 @@
+"""What the README shows is run as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_loop_in_the_readme_starts_at_ln_2_and_falls(capsys: pytest.CaptureFixture[str]) -> None:
+    (loop,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "firesteel.connect" in b]
+    exec(compile(loop, "README.md", "exec"), {})
+    losses = [float(value) for value in re.findall(r"'loss:sum': ([0-9.]+)", capsys.readouterr().out)]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.2
+
+
+def test_the_catalogue_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from firesteel.catalog import load_catalog
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "catalog.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(tmp_path / "catalog.yaml"))
+    catalog = load_catalog()
+    assert catalog.resolve_model("Qwen/Qwen3-8B").name == "smollm2-135m-instruct"
+    assert catalog.shape("accounts/fireworks/trainingShapes/qwen3-8b-128k-h200").device == "cpu"
+
+
+def test_every_file_that_the_documents_link_to_exists() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
