@@ -321,7 +321,9 @@ def train_step(
     measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], "step_tokens": tokens}
     timed = {"step_time_sec": seconds, "tokens_per_sec": tokens / seconds}
     dpo = {name: value for name, value in result.metrics.items() if name != "loss:sum"}
-    return {f"train/{name}": value for name, value in {**measured, **dpo, **optimizer, **timed}.items()}
+    # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
+    named = {**measured, **dpo, **optimizer, **timed}
+    return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
 def report_step(run: Run, step: int, metrics: dict[str, float], bar: Bar) -> None:

@@ -32,6 +32,9 @@ def _explain(name: str, error: ValidationError) -> str:
             lines.append(f"{field}: {name} has no such setting")
         elif problem["type"] == "missing":
             lines.append(f"{field}: must be given")
+        elif isinstance(inner := problem.get("ctx", {}).get("error"), ConfigError):
+            # Settings inside settings have explained themselves already.
+            lines += [f"{field}.{line}" for line in str(inner).splitlines()]
         else:
             # pydantic's own wording, without the prefix it puts before a validator's message.
             lines.append(

@@ -74,15 +74,24 @@ def score_pairs(
         raise ValueError(
             f"{len(pairs)} pairs, {len(logprobs)} log-probability rows, {len(references)} references"
         )
+    # Both models are summed over the scored tokens alone, in the same order: equal values give equal sums.
     weights = [
         torch.as_tensor(d.loss_fn_inputs["weights"].to_numpy()).double() for p in pairs for d in p.datums
     ]
-    policy = torch.stack([(row.double() * w).sum() for row, w in zip(logprobs, weights, strict=True)])
+    scored = [weight != 0 for weight in weights]
+    policy = [row.double()[mask] for row, mask in zip(logprobs, scored, strict=True)]
     frozen = [torch.as_tensor(side).double() for r in references for side in (r.chosen, r.rejected)]
-    reference = torch.stack([(row * w[w != 0]).sum() for row, w in zip(frozen, weights, strict=True)])
-    counts = torch.tensor([int((w != 0).sum()) for w in weights], dtype=torch.float64)
+    kept = [weight[mask] for weight, mask in zip(weights, scored, strict=True)]
+    policy_sums = torch.stack([(row * weight).sum() for row, weight in zip(policy, kept, strict=True)])
+    frozen_sums = torch.stack([(row * weight).sum() for row, weight in zip(frozen, kept, strict=True)])
+    counts = torch.tensor([len(weight) for weight in kept], dtype=torch.float64)
     return PairScores(
-        policy[0::2], policy[1::2], reference[0::2], reference[1::2], counts[0::2], counts[1::2]
+        policy_sums[0::2],
+        policy_sums[1::2],
+        frozen_sums[0::2],
+        frozen_sums[1::2],
+        counts[0::2],
+        counts[1::2],
     )
 
 

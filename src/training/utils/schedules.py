@@ -49,6 +49,8 @@ class Schedule(Settings):
         start = warmup if share is None else max(warmup, total_steps - math.ceil(share * total_steps))
         if step <= start:
             return base
+        if step == total_steps:
+            return base * self.min_lr_ratio  # exactly; rounding in the formulas below would miss it
         progress = (step - start) / (total_steps - start)
         return base * self._decayed(progress)
 

@@ -15,12 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_datum, make_pairs
 
+from conftest import make_datum, make_pairs
 from firesteel.engine import engine as engine_module
 from firesteel.engine.engine import Engine
 from firesteel.engine.ordering import KEPT_ANSWERS, KEPT_BYTES, ModelOrder
-from firesteel.sdk import AdamParams, ClosedError, Datum, LoraConfig, ModelInput, OperationError, OperationFailed
+from firesteel.sdk import (
+    AdamParams,
+    ClosedError,
+    Datum,
+    LoraConfig,
+    ModelInput,
+    OperationError,
+    OperationFailed,
+)
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
@@ -286,7 +294,11 @@ def test_a_failure_of_the_caller_fails_its_own_future_only(engine, policy, llama
 
 def test_the_engine_checks_data_itself(engine, policy) -> None:
     bad = (Datum(ModelInput.from_ints([1, 2]), {"target_tokens": TensorData([1])}),)
-    for operation in (Forward(policy, 1, bad), ForwardBackward(policy, 2, bad), Forward(policy, 3, (), "dpo")):  # type: ignore[arg-type]
+    for operation in (
+        Forward(policy, 1, bad),
+        ForwardBackward(policy, 2, bad),
+        Forward(policy, 3, (), "dpo"),
+    ):  # type: ignore[arg-type]
         error = engine.submit(operation).exception(60)
         assert isinstance(error, OperationError), error
 
@@ -303,7 +315,10 @@ def test_a_failure_that_is_not_the_callers_is_named_as_such_and_poisons_nothing(
     engine.submit(ForwardBackward(policy, 2, data)).result(60)
     engine.submit(OptimStep(policy, 3, SGD_LIKE)).result(60)
     saved = engine.submit(SaveWeights(policy, 4, str(tmp_path / "inside"))).result(60)
-    assert sorted(p.name for p in Path(saved.path).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in Path(saved.path).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     again = engine.submit(SaveWeights(policy, 5, str(tmp_path / "inside"))).exception(60)
     assert isinstance(again, OperationError)
     assert "exists already" in str(again)
@@ -325,7 +340,9 @@ def failing_in_the_middle(monkeypatch: pytest.MonkeyPatch, calls_before: int) ->
     return held
 
 
-def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(engine, policy, data, monkeypatch) -> None:
+def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(
+    engine, policy, data, monkeypatch
+) -> None:
     held = failing_in_the_middle(monkeypatch, 0)
     future = engine.submit(ForwardBackward(policy, 1, data))
     error = future.exception(60)
@@ -339,7 +356,9 @@ def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(engine, po
     assert engine.submit(ForwardBackward(policy, 1, data)).exception() is error
 
 
-def test_half_a_gradient_is_dropped_and_the_next_step_refused_once(engine, policy, llama_folder, monkeypatch) -> None:
+def test_half_a_gradient_is_dropped_and_the_next_step_refused_once(
+    engine, policy, llama_folder, monkeypatch
+) -> None:
     monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", 16)
     data = tuple(make_pairs(np.random.default_rng(1), 3))  # three passes
     calm = create(engine, llama_folder)
@@ -414,7 +433,9 @@ def test_a_backward_of_other_shapes_is_refused(engine, policy, data) -> None:
     assert "shapes" in str(error)
 
 
-def test_a_backward_gives_the_gradient_of_any_loss_with_these_derivatives(engine, policy, llama_folder, data) -> None:
+def test_a_backward_gives_the_gradient_of_any_loss_with_these_derivatives(
+    engine, policy, llama_folder, data
+) -> None:
     built_in = create(engine, llama_folder)
     engine.submit(ForwardBackward(built_in, 1, data))
     engine.submit(Forward(policy, 1, data, retain=True))
@@ -538,7 +559,9 @@ def test_nothing_of_an_operation_stays_alive_while_the_engine_waits(engine, poli
     engine.submit(Sample(policy, prompt, SamplingParams(max_tokens=2))).result(60)
     asked = weakref.ref(prompt)
     del prompt
-    answer = weakref.ref(engine.submit(Sample(policy, ModelInput.from_ints([5]), SamplingParams(max_tokens=2))).result(60))
+    answer = weakref.ref(
+        engine.submit(Sample(policy, ModelInput.from_ints([5]), SamplingParams(max_tokens=2))).result(60)
+    )
     time.sleep(0.05)
     gc.collect()
     assert asked() is None

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from firesteel.sdk import AdamParams, Datum, LoraConfig, ModelInput, OperationError, SamplingParams, TensorData
+from firesteel.sdk import (
+    AdamParams,
+    Datum,
+    LoraConfig,
+    ModelInput,
+    OperationError,
+    SamplingParams,
+    TensorData,
+)
 from firesteel.sdk.conversion import (
     as_adam_params,
     as_data,
@@ -150,7 +158,9 @@ def test_settings_of_another_package_are_read_by_name() -> None:
 def test_settings_that_are_missing_or_none_take_our_defaults_and_zero_is_a_setting() -> None:
     assert as_adam_params(SimpleNamespace(learning_rate=0.0, beta1=None)) == AdamParams(learning_rate=0.0)
     assert as_lora_config(SimpleNamespace(rank=0, seed=None)) == LoraConfig(0)
-    assert as_sampling_params(SimpleNamespace(temperature=0.0, max_tokens=None)) == SamplingParams(temperature=0.0)
+    assert as_sampling_params(SimpleNamespace(temperature=0.0, max_tokens=None)) == SamplingParams(
+        temperature=0.0
+    )
 
 
 @pytest.mark.parametrize("stop", ["END", ["END"]])

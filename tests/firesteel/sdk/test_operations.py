@@ -49,7 +49,7 @@ def changed(**values: object) -> Datum:
 
 @pytest.mark.parametrize("loss_fn", get_args(LossName))
 def test_good_data_pass_for_every_loss(loss_fn: str) -> None:
-    config = {name: 0.5 for name in LOSS_SETTINGS[loss_fn]}
+    config = dict.fromkeys(LOSS_SETTINGS[loss_fn], 0.5)
     check_data([GOOD, GOOD], loss_fn, config)
     assert LOSS_SETTINGS.keys() == set(get_args(LossName))
 
@@ -65,15 +65,43 @@ def test_targets_may_have_several_columns() -> None:
 
 MALFORMED: dict[str, tuple[Datum, str, list[str]]] = {
     "no tokens": (Datum(ModelInput.empty(), {}), "cross_entropy", ["model_input", "no tokens"]),
-    "no targets": (changed(target_tokens=None), "cross_entropy", ["'target_tokens'", "weights, logprobs, advantages"]),
+    "no targets": (
+        changed(target_tokens=None),
+        "cross_entropy",
+        ["'target_tokens'", "weights, logprobs, advantages"],
+    ),
     "nothing at all": (Datum(GOOD.model_input, {}), "cross_entropy", ["'target_tokens'", "nothing"]),
-    "float targets": (changed(target_tokens=np.ones(3)), "cross_entropy", ["'target_tokens'", "float32", "int64"]),
-    "too few targets": (changed(target_tokens=[2, 3]), "cross_entropy", ["'target_tokens'", "[2]", "3 input tokens"]),
-    "one target for all": (changed(target_tokens=TensorData(np.full((), 2))), "cross_entropy", ["'target_tokens'", "[]", "3"]),
-    "no column of targets": (changed(target_tokens=np.zeros((3, 0), np.int64), weights=None), "cross_entropy", ["'target_tokens'", "[3, 0]"]),
-    "targets the wrong way round": (changed(target_tokens=np.ones((1, 3), np.int64)), "cross_entropy", ["[1, 3]", "3 input tokens"]),
+    "float targets": (
+        changed(target_tokens=np.ones(3)),
+        "cross_entropy",
+        ["'target_tokens'", "float32", "int64"],
+    ),
+    "too few targets": (
+        changed(target_tokens=[2, 3]),
+        "cross_entropy",
+        ["'target_tokens'", "[2]", "3 input tokens"],
+    ),
+    "one target for all": (
+        changed(target_tokens=TensorData(np.full((), 2))),
+        "cross_entropy",
+        ["'target_tokens'", "[]", "3"],
+    ),
+    "no column of targets": (
+        changed(target_tokens=np.zeros((3, 0), np.int64), weights=None),
+        "cross_entropy",
+        ["'target_tokens'", "[3, 0]"],
+    ),
+    "targets the wrong way round": (
+        changed(target_tokens=np.ones((1, 3), np.int64)),
+        "cross_entropy",
+        ["[1, 3]", "3 input tokens"],
+    ),
     "too many weights": (changed(weights=[1, 1, 1, 1]), "cross_entropy", ["'weights'", "[4]", "[3]"]),
-    "weights of one column": (changed(target_tokens=[[2, 3]] * 3), "cross_entropy", ["'weights'", "[3]", "[3, 2]"]),
+    "weights of one column": (
+        changed(target_tokens=[[2, 3]] * 3),
+        "cross_entropy",
+        ["'weights'", "[3]", "[3, 2]"],
+    ),
     "a weight that is nan": (changed(weights=[0, np.nan, 1]), "cross_entropy", ["'weights'", "not finite"]),
     "an infinite advantage": (changed(advantages=[0, np.inf, 1]), "ppo", ["'advantages'", "not finite"]),
     "no sampler": (changed(logprobs=None), "importance_sampling", ["importance_sampling", "'logprobs'"]),
@@ -99,7 +127,9 @@ def test_inputs_that_the_loss_does_not_read_are_not_its_business() -> None:
 def test_no_data_unknown_losses_and_unknown_settings_are_refused() -> None:
     with pytest.raises(OperationError, match="data: empty"):
         check_data([], "cross_entropy")
-    with pytest.raises(OperationError, match=r"loss_fn: 'dpo'.*cross_entropy, importance_sampling, ppo, cispo, dro"):
+    with pytest.raises(
+        OperationError, match=r"loss_fn: 'dpo'.*cross_entropy, importance_sampling, ppo, cispo, dro"
+    ):
         check_data([GOOD], "dpo")
     with pytest.raises(OperationError, match=r"cross_entropy does not read beta \(it reads: none\)"):
         check_data([GOOD], "cross_entropy", {"beta": 0.1})
@@ -143,7 +173,9 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
         "print(fingerprint(ForwardBackward('m', 1, (Datum(ModelInput.from_ints([1]), {'target_tokens': [2]}),),"
         " 'ppo', {'clip_low_threshold': .5, 'clip_high_threshold': 2.})).hex())"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     datum = Datum(ModelInput.from_ints([1]), {"target_tokens": TensorData([2])})
     config = {"clip_high_threshold": 2.0, "clip_low_threshold": 0.5}  # and in any order
     assert fingerprint(ForwardBackward("m", 1, (datum,), "ppo", config)).hex() == there
@@ -151,13 +183,17 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
 
 def test_the_kind_of_container_is_no_content() -> None:
     def digest(tokens: Any, targets: Any) -> bytes:
-        return fingerprint(Forward("m", 1, (Datum(ModelInput((EncodedTextChunk(tokens),)), {"target_tokens": targets}),)))
+        return fingerprint(
+            Forward("m", 1, (Datum(ModelInput((EncodedTextChunk(tokens),)), {"target_tokens": targets}),))
+        )
 
     plain = digest((1, 2), [2, 3])
     assert digest([1, 2], TensorData([2, 3])) == plain
     assert digest([np.int64(1), np.int32(2)], np.asarray([2, 3], np.int32)) == plain
     assert digest((1, 2), (2, 3)) == plain
-    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": TensorData(np.arange(2, 8).reshape(2, 3).T[:2])})
+    datum = Datum(
+        ModelInput.from_ints([1, 2]), {"target_tokens": TensorData(np.arange(2, 8).reshape(2, 3).T[:2])}
+    )
     straight = dataclasses.replace(datum, loss_fn_inputs={"target_tokens": TensorData([[2, 5], [3, 6]])})
     assert fingerprint(Forward("m", 1, (datum,))) == fingerprint(Forward("m", 1, (straight,)))
 
@@ -247,7 +283,9 @@ def test_data_are_never_confused_with_other_data(one: tuple[Datum, ...], other: 
     ],
 )
 def test_near_misses_are_kept_apart(one: Any, other: Any) -> None:
-    assert fingerprint(Forward("m", 1, (GOOD,), "ppo", one)) != fingerprint(Forward("m", 1, (GOOD,), "ppo", other))
+    assert fingerprint(Forward("m", 1, (GOOD,), "ppo", one)) != fingerprint(
+        Forward("m", 1, (GOOD,), "ppo", other)
+    )
 
 
 def test_how_tokens_are_cut_into_chunks_is_content() -> None:
@@ -260,3 +298,16 @@ def test_how_tokens_are_cut_into_chunks_is_content() -> None:
 def test_an_operation_is_named_for_people() -> None:
     assert operation_name(ForwardBackward("model-1", 3, ())) == "forward_backward seq 3 of model-1"
     assert operation_name(UnloadModel("model-1")) == "unload_model of model-1"
+
+
+def test_neighbouring_numbers_and_other_shapes_are_kept_apart() -> None:
+    def tokens(*ids: int) -> Operation:
+        return Forward("m", 1, (Datum(ModelInput.from_ints(ids), {}),))
+
+    def targets(value: object) -> Operation:
+        return Forward("m", 1, (changed(target_tokens=np.asarray(value)),))
+
+    assert fingerprint(tokens(1, 23)) != fingerprint(tokens(12, 3))
+    assert fingerprint(Backward("m", 1, 23, ())) != fingerprint(Backward("m", 12, 3, ()))
+    shapes = [[1, 2, 3, 4], [[1, 2, 3, 4]], [[1, 2], [3, 4]], [[1], [2], [3], [4]]]
+    assert len({fingerprint(targets(value)) for value in shapes}) == len(shapes)

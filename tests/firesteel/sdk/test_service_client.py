@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs
 
+from conftest import make_pairs
 from firesteel.engine.engine import Engine
 from firesteel.sdk import (
     AdamParams,
@@ -92,13 +92,16 @@ def base_of(engine: Engine, client: TrainingClient) -> object:
 
 
 @pytest.mark.parametrize(
-    ("rank", "shape", "strategy"), [(8, None, SHARED), (8, "s", SEPARATE), (0, None, SEPARATE), (0, "s", SEPARATE)]
+    ("rank", "shape", "strategy"),
+    [(8, None, SHARED), (8, "s", SEPARATE), (0, None, SEPARATE), (0, "s", SEPARATE)],
 )
 def test_a_lora_policy_shares_its_base_unless_a_reference_shape_is_given(rank, shape, strategy) -> None:
     assert decide_reference(rank, shape) is strategy
 
 
-@pytest.mark.parametrize(("rank", "mode"), [(0, Mode.POLICY_TRAINER), (1, Mode.LORA_TRAINER), (8, Mode.LORA_TRAINER)])
+@pytest.mark.parametrize(
+    ("rank", "mode"), [(0, Mode.POLICY_TRAINER), (1, Mode.LORA_TRAINER), (8, Mode.LORA_TRAINER)]
+)
 def test_the_rank_decides_the_kind_of_shape(rank, mode) -> None:
     assert policy_mode(rank) is mode
 
@@ -107,7 +110,9 @@ def test_the_rank_decides_the_kind_of_shape(rank, mode) -> None:
     ("rank", "shape", "models", "loads"),
     [(0, None, 2, 2), (8, None, 2, 1), (0, "forward-exact", 2, 2), (8, "forward-exact", 2, 2)],
 )
-def test_the_engine_holds_the_models_that_the_strategy_asks_for(rank, shape, models, loads, connect, engine, data) -> None:
+def test_the_engine_holds_the_models_that_the_strategy_asks_for(
+    rank, shape, models, loads, connect, engine, data
+) -> None:
     service = connect(lora_rank=rank, reference_training_shape_id=shape)
     policy = service.create_training_client()
     assert len(engine._models) == 1
@@ -134,7 +139,9 @@ def test_the_reference_stays_what_the_policy_was_at_the_start(rank, connect, dat
     for reference in (early, late):
         np.testing.assert_allclose(logprobs(reference, data), start, atol=1e-5)
     assert early.identify().result() == late.identify().result()
-    assert (policy.identify().weights == early.identify().weights) == (rank > 0)  # an adapter is not the model
+    assert (policy.identify().weights == early.identify().weights) == (
+        rank > 0
+    )  # an adapter is not the model
 
 
 def test_a_shared_reference_is_that_of_the_policy_named(connect, engine, llama_folder, data) -> None:
@@ -181,7 +188,7 @@ def test_a_named_shape_is_used_and_its_context_is_the_limit(connect, data) -> No
 def test_each_model_has_the_context_of_its_own_shape_even_on_one_base(connect, engine) -> None:
     small = connect(lora_rank=2, training_shape_id="lora-small", reference_training_shape_id="forward-small")
     policy, reference = small.create_training_client(), small.create_reference_client()
-    whole = connect(lora_rank=2).create_training_client()
+    whole = connect(lora_rank=2, max_context_length=65).create_training_client()
     lengths = [client.description.max_context_length for client in (policy, reference, whole)]
     assert lengths == [64, 32, 128]
 
@@ -195,7 +202,9 @@ def test_each_model_has_the_context_of_its_own_shape_even_on_one_base(connect, e
         (8, "forward-small", "FORWARD_ONLY", "LORA_TRAINER"),
     ],
 )
-def test_a_policy_on_a_shape_of_another_kind_is_refused_naming_both(rank, shape, has, needs, connect, engine) -> None:
+def test_a_policy_on_a_shape_of_another_kind_is_refused_naming_both(
+    rank, shape, has, needs, connect, engine
+) -> None:
     with pytest.raises(ModelError, match=rf"{shape} is a {has}; {needs} is needed"):
         connect(lora_rank=rank, training_shape_id=shape).create_training_client()
     assert engine._models == {}
@@ -207,16 +216,20 @@ def test_a_reference_runs_forward_only_or_as_a_lora_trainer_and_on_nothing_else(
         service.create_training_client()
         assert service.create_reference_client().description.shape.name == shape
     service = connect(lora_rank=2, reference_training_shape_id="policy-small")
-    with pytest.raises(ModelError, match="policy-small is a POLICY_TRAINER; FORWARD_ONLY or LORA_TRAINER is needed"):
+    with pytest.raises(
+        ModelError, match="policy-small is a POLICY_TRAINER; FORWARD_ONLY or LORA_TRAINER is needed"
+    ):
         service.create_reference_client()
 
 
-def test_a_shape_of_another_model_too_small_a_one_and_an_unknown_one_are_refused(connect, llama_folder) -> None:
+def test_a_shape_of_another_model_too_small_a_one_and_an_unknown_one_are_refused(
+    connect, llama_folder
+) -> None:
     with pytest.raises(ModelError, match=f"somebody-elses is for other, not for {llama_folder}"):
         connect(lora_rank=2, training_shape_id="somebody-elses").create_training_client()
     with pytest.raises(ModelError, match="lora-small takes 64 tokens, 65 are wanted"):
         connect(lora_rank=2, training_shape_id="lora-small", max_context_length=65).create_training_client()
-    with pytest.raises(ModelError, match="lora-smal' is not in the catalogue.*lora-small"):
+    with pytest.raises(ModelError, match=r"lora-smal' is not in the catalogue.*lora-small"):
         connect(lora_rank=2, training_shape_id="lora-smal").create_training_client()
 
 
@@ -228,11 +241,11 @@ def test_a_setting_that_deviates_from_the_services_is_refused_with_both_values(c
     for create in (service.create_training_client, service.create_reference_client):
         with pytest.raises(ConfigError, match=f"base_model: 'other'.*{llama_folder}"):
             create("other")
-        with pytest.raises(ConfigError, match="lora_rank: 4 .*8"):
+        with pytest.raises(ConfigError, match=r"lora_rank: 4 .*8"):
             create(lora_rank=4)
-        with pytest.raises(ConfigError, match="lora_rank: 0 .*8"):
+        with pytest.raises(ConfigError, match=r"lora_rank: 0 .*8"):
             create(lora_rank=0)
-    with pytest.raises(ConfigError, match="lora_rank: 4 .*8"):
+    with pytest.raises(ConfigError, match=r"lora_rank: 4 .*8"):
         service.create_training_client(lora_config=LoraConfig(rank=4))
     assert service.create_training_client(llama_folder, lora_rank=8).description.lora_rank == 8
 
@@ -340,7 +353,7 @@ def test_closing_raises_what_nobody_read_and_still_ends_everything(cleanup, conn
     reference = service.create_reference_client()
     reference.optim_step(STEP)
     failing.optim_step(STEP)
-    with pytest.raises(OperationError, match="frozen reference|no gradient"):
+    with pytest.raises(OperationError, match=r"frozen reference|no gradient"):
         service.close()
     assert engine._closed == cleanup
     for client in (failing, other, reference):

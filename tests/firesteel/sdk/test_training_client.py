@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_datum, make_pairs
 
 import firesteel
+from conftest import VOCABULARY, make_datum, make_pairs
 from firesteel.engine.engine import Engine
 from firesteel.sdk import (
     AdamParams,
@@ -87,7 +89,9 @@ def data(rng: np.random.Generator) -> list[Datum]:
 
 
 def cross_entropy(data: list[Datum], logprobs: list[torch.Tensor]):
-    loss = sum(-(lp * d.loss_fn_inputs["weights"].to_torch()).sum() for d, lp in zip(data, logprobs, strict=True))
+    loss = sum(
+        -(lp * d.loss_fn_inputs["weights"].to_torch()).sum() for d, lp in zip(data, logprobs, strict=True)
+    )
     return loss, {"mine": 3}
 
 
@@ -140,7 +144,9 @@ def test_a_custom_loss_gets_the_data_as_passed_and_one_float32_leaf_per_datum(cl
     result = client.forward_backward_custom(iter(data), loss).result()
     assert all(one is other for one, other in zip(seen["data"], data, strict=True))
     plain = client.forward(data).result()
-    for output, expected, leaf in zip(result.loss_fn_outputs, plain.loss_fn_outputs, seen["logprobs"], strict=True):
+    for output, expected, leaf in zip(
+        result.loss_fn_outputs, plain.loss_fn_outputs, seen["logprobs"], strict=True
+    ):
         assert leaf.dtype == torch.float32
         assert output["logprobs"] == expected["logprobs"]
         assert torch.equal(leaf, expected["logprobs"].to_torch())
@@ -148,10 +154,19 @@ def test_a_custom_loss_gets_the_data_as_passed_and_one_float32_leaf_per_datum(cl
 
 def test_the_metrics_are_the_loss_and_those_of_the_callback(client, data) -> None:
     result = client.forward_backward_custom(
-        data, lambda d, lp: (cross_entropy(d, lp)[0], {"margin": torch.tensor(2.5), "pairs": 2, "x": np.float32(1)})
+        data,
+        lambda d, lp: (
+            cross_entropy(d, lp)[0],
+            {"margin": torch.tensor(2.5), "pairs": 2, "x": np.float32(1)},
+        ),
     )
     expected = client.forward(data).metrics["loss:sum"]
-    assert result.metrics == {"loss:sum": pytest.approx(expected, rel=1e-6), "margin": 2.5, "pairs": 2.0, "x": 1.0}
+    assert result.metrics == {
+        "loss:sum": pytest.approx(expected, rel=1e-6),
+        "margin": 2.5,
+        "pairs": 2.0,
+        "x": 1.0,
+    }
     assert all(type(value) is float for value in result.metrics.values())
 
 
@@ -226,7 +241,11 @@ REFUSED = {
     "it raises": (raising, RuntimeError, "the user's own bug"),
     "it is nan": (lambda d, lp: (lp[0].sum() * float("nan"), {}), OperationError, "is nan"),
     "it is infinite": (lambda d, lp: (lp[0].sum() * float("inf"), {}), OperationError, "is -inf"),
-    "it ignores the log-probabilities": (lambda d, lp: (torch.tensor(1.0), {}), OperationError, "does not depend"),
+    "it ignores the log-probabilities": (
+        lambda d, lp: (torch.tensor(1.0), {}),
+        OperationError,
+        "does not depend",
+    ),
     "it only depends on something else": (
         lambda d, lp: (torch.ones(1, requires_grad=True).sum(), {}),
         OperationError,
@@ -360,7 +379,17 @@ def test_a_failure_that_nobody_read_is_raised_by_the_next_call_and_only_by_it(cl
         lambda c, d: c.close(),
         lambda c, d: c.unload(),
     ],
-    ids=["forward", "forward_backward", "custom", "optim_step", "save_weights", "sample", "identify", "close", "unload"],
+    ids=[
+        "forward",
+        "forward_backward",
+        "custom",
+        "optim_step",
+        "save_weights",
+        "sample",
+        "identify",
+        "close",
+        "unload",
+    ],
 )
 def test_every_call_raises_what_nobody_read(call, client, data) -> None:
     failing = client.optim_step(SGD_LIKE)
@@ -444,7 +473,10 @@ def test_a_look_alike_of_adam_params_steps_like_ours(make, data) -> None:
     from types import SimpleNamespace
 
     ours, theirs = make(), make()
-    for client, params in ((ours, SGD_LIKE), (theirs, SimpleNamespace(learning_rate=1e-2, beta1=0.0, beta2=0.0, eps=1.0))):
+    for client, params in (
+        (ours, SGD_LIKE),
+        (theirs, SimpleNamespace(learning_rate=1e-2, beta1=0.0, beta2=0.0, eps=1.0)),
+    ):
         client.forward_backward(data)
         client.optim_step(params).result()
     assert np.array_equal(logprobs_of(ours, data), logprobs_of(theirs, data))
@@ -467,21 +499,15 @@ def test_tensors_of_another_shape_of_output_are_what_they_are(client, data) -> N
 
 def test_threads_that_share_a_client_keep_its_order(make, data) -> None:
     shared, alone = make(), make()
-    errors = []
-
-    def work() -> None:
-        try:
-            for _ in range(3):
-                shared.forward_backward(data).result()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: shared.forward_backward(data), range(12)))
+            answers = list(threads.map(lambda n: shared.forward(data[: 1 + n % 4]), range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [len(answer.loss_fn_outputs) for answer in answers] == [1 + n % 4 for n in range(200)]
     for _ in range(12):
         alone.forward_backward(data)
     # Equal calls in any order: the sum is the same to the bit.

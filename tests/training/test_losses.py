@@ -1,0 +1,194 @@
+"""Sigmoid DPO against its closed forms. π, r: summed log-probabilities; m: margin; N: pairs of a call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.utils.losses import (
+    DpoObjective,
+    PairLogprobs,
+    PairScores,
+    make_dpo_loss,
+    preference_metrics,
+    score_pairs,
+    sigmoid_dpo,
+)
+from training.utils.pairs import PreferencePair, build_dpo_datums
+
+LN_2 = math.log(2)
+PROMPT = (5, 6, 7)
+finite = st.floats(-30, 30)
+
+
+def pair(chosen: int = 3, rejected: int = 2) -> PreferencePair:
+    """A pair with so many scored tokens on each side."""
+    sides = [(*PROMPT, *range(first, first + n)) for first, n in ((10, chosen), (40, rejected))]
+    return PreferencePair(*build_dpo_datums(*sides, len(PROMPT)), len(PROMPT), line=1)
+
+
+def logprobs_of(pairs: list[PreferencePair], rng: np.random.Generator) -> list[torch.Tensor]:
+    """One random log-probability per target, prompt targets included."""
+    return [
+        torch.tensor(-rng.exponential(2.0, d.model_input.length), requires_grad=True)
+        for p in pairs
+        for d in p.datums
+    ]
+
+
+def reference_of(pairs: list[PreferencePair], rows: list[torch.Tensor]) -> list[PairLogprobs]:
+    """These per-token values, as a reference that agrees with them."""
+    scored = [
+        row.detach().numpy()[datum.loss_fn_inputs["weights"].to_numpy() != 0]
+        for row, datum in zip(rows, (d for p in pairs for d in p.datums), strict=True)
+    ]
+    return [PairLogprobs(scored[i], scored[i + 1]) for i in range(0, len(scored), 2)]
+
+
+def scores(margins: list[float]) -> PairScores:
+    """Pairs with these margins, all of them on the chosen side."""
+    values, zeros = torch.tensor(margins, dtype=torch.float64), torch.zeros(len(margins), dtype=torch.float64)
+    return PairScores(values, zeros, zeros, zeros, zeros + 2, zeros + 4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_policy_equal_to_reference_gives_ln_2(smoothing: float) -> None:
+    pairs = [pair(), pair(1, 5)]
+    rows = logprobs_of(pairs, np.random.default_rng(0))
+    objective = DpoObjective(0.3, smoothing)
+    loss, metrics = make_dpo_loss(pairs, reference_of(pairs, rows), objective)([], rows)
+    assert loss.item() == pytest.approx(LN_2, abs=1e-12)
+    assert metrics["margin"] == 0
+    assert (metrics["accuracy"], metrics["tie_rate"]) == (0, 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.01, 5), st.sampled_from([0.0, 0.1, 0.4]), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_gradient_of_every_token_is_that_of_the_formula(
+    beta: float, smoothing: float, count: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [pair(int(rng.integers(1, 5)), int(rng.integers(1, 5))) for _ in range(count)]
+    rows, other = logprobs_of(pairs, rng), logprobs_of(pairs, rng)
+    references = reference_of(pairs, other)
+    loss, _ = make_dpo_loss(pairs, references, DpoObjective(beta, smoothing))([], rows)
+    loss.backward()
+    margins = score_pairs(pairs, rows, references).margin.detach().numpy()
+    sigma = 1 / (1 + np.exp(beta * margins))  # σ(-βm)
+    expected = -beta * (sigma - smoothing) / count
+    for index, row in enumerate(rows):
+        weights = [d for p in pairs for d in p.datums][index].loss_fn_inputs["weights"].to_numpy()
+        side = 1 if index % 2 == 0 else -1
+        assert row.grad is not None
+        np.testing.assert_allclose(
+            row.grad.numpy(), side * expected[index // 2] * weights, rtol=1e-9, atol=1e-12
+        )
+
+
+@given(finite, st.floats(0.01, 2), st.floats(0, 0.49))
+def test_swapping_chosen_and_rejected_changes_the_loss_by_beta_m(
+    m: float, beta: float, smoothing: float
+) -> None:
+    there, back = sigmoid_dpo(scores([m, -m]), beta, smoothing)
+    assert (there - back).item() == pytest.approx(-beta * m * (1 - 2 * smoothing), abs=1e-9)
+
+
+def test_a_constant_on_both_sides_changes_nothing() -> None:
+    plain = scores([1.5, -0.3])
+    shifted = replace(plain, policy_chosen=plain.policy_chosen + 7, policy_rejected=plain.policy_rejected + 7)
+    torch.testing.assert_close(sigmoid_dpo(shifted, 0.1), sigmoid_dpo(plain, 0.1), rtol=0, atol=1e-12)
+
+
+def test_responses_that_differ_in_their_first_token_only_have_a_gradient_there() -> None:
+    datums = build_dpo_datums((*PROMPT, 10, 20), (*PROMPT, 11, 20), len(PROMPT))
+    only = PreferencePair(*datums, len(PROMPT), line=1)
+    rows = logprobs_of([only], np.random.default_rng(1))
+    loss, _ = make_dpo_loss([only], reference_of([only], rows), DpoObjective(0.1))([], rows)
+    loss.backward()
+    first = len(PROMPT) - 1
+    assert [row.grad[first].item() for row in rows if row.grad is not None] == pytest.approx([-0.05, 0.05])
+    assert all(not row.grad[:first].any() for row in rows if row.grad is not None)
+
+
+@pytest.mark.parametrize(("beta_m", "loss"), [(1e4, 0.0), (-1e4, 1e4)])
+def test_extreme_margins_stay_finite(beta_m: float, loss: float) -> None:
+    extreme = scores([beta_m])
+    extreme.policy_chosen.requires_grad_(True)
+    value = sigmoid_dpo(extreme, 1.0)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, abs=1e-12)
+    assert extreme.policy_chosen.grad is not None
+    assert torch.isfinite(extreme.policy_chosen.grad).all()
+
+
+def test_sums_of_minus_five_thousand_keep_their_digits() -> None:
+    long = pair(2000, 2000)
+    rng = np.random.default_rng(2)
+    values = [-rng.exponential(2.5, d.model_input.length).astype(np.float32) for d in long.datums]
+    rows = [torch.tensor(v) for v in values]
+    summed = score_pairs([long], rows, reference_of([long], rows)).policy_chosen.item()
+    assert summed < -4500
+    assert summed == pytest.approx(math.fsum(values[0][len(PROMPT) - 1 :].tolist()), abs=1e-9)
+
+
+def test_label_smoothing_changes_the_loss_where_the_margin_is_not_0() -> None:
+    assert sigmoid_dpo(scores([2.0]), 1.0, 0.3).item() == pytest.approx(
+        -0.7 * math.log(1 / (1 + math.exp(-2))) - 0.3 * math.log(1 / (1 + math.exp(2)))
+    )
+    assert sigmoid_dpo(scores([2.0]), 1.0, 0.3).item() != sigmoid_dpo(scores([2.0]), 1.0).item()
+
+
+def test_the_loss_is_the_mean_over_the_pairs_of_its_call() -> None:
+    pairs = [pair(n, 2) for n in range(1, 9)]
+    rng = np.random.default_rng(3)
+    rows, references = logprobs_of(pairs, rng), reference_of(pairs, logprobs_of(pairs, rng))
+    whole, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))([], rows)
+    parts = [
+        make_dpo_loss(pairs[i : i + 2], references[i : i + 2], DpoObjective(0.1))(
+            [], rows[2 * i : 2 * i + 4]
+        )[0]
+        for i in range(0, 8, 2)
+    ]
+    assert whole.item() == pytest.approx(sum(part.item() for part in parts) * 2 / 8, abs=1e-12)
+
+
+def test_metrics_of_a_table_worked_out_by_hand() -> None:
+    table = PairScores(
+        policy_chosen=torch.tensor([-2.0, -6.0, -3.0], dtype=torch.float64),
+        policy_rejected=torch.tensor([-8.0, -4.0, -9.0], dtype=torch.float64),
+        reference_chosen=torch.tensor([-3.0, -5.0, -3.0], dtype=torch.float64),
+        reference_rejected=torch.tensor([-7.0, -6.0, -9.0], dtype=torch.float64),
+        chosen_tokens=torch.tensor([2.0, 2.0, 3.0], dtype=torch.float64),
+        rejected_tokens=torch.tensor([4.0, 4.0, 4.5], dtype=torch.float64),
+    )
+    metrics = preference_metrics(table, DpoObjective(0.5))
+    margins = (2.0, -3.0, 0.0)
+    expected = {
+        "dpo_loss": sum(math.log1p(math.exp(-0.5 * m)) for m in margins) / 3,
+        "margin": -1 / 3,
+        "accuracy": 1 / 3,
+        "tie_rate": 1 / 3,
+        "rewards/chosen": 0.5 * (1 - 1 + 0) / 3,
+        "rewards/rejected": 0.5 * (-1 + 2 + 0) / 3,
+        "rewards/margins": -0.5 / 3,
+        "rewards/accuracies": 1 / 3,
+        "logps/chosen": -11 / 3,
+        "logps/rejected": -7.0,
+        "delta_logp/chosen": 0.0,
+        "delta_logp/rejected": 1 / 3,
+        # Per token: -1 > -2, -3 < -1, -1 > -2.
+        "policy_preference": 2 / 3,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-12)
+
+
+def test_counts_that_do_not_match_are_refused() -> None:
+    rows = logprobs_of([pair()], np.random.default_rng(4))
+    with pytest.raises(ValueError, match="1 pairs, 1 log-probability rows, 1 references"):
+        score_pairs([pair()], rows[:1], reference_of([pair()], rows))

@@ -1,0 +1,229 @@
+"""The reference cache never gives a value that the reference would not give now."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from firesteel.sdk import DataError, Datum, ForwardBackwardOutput, ServiceClient, TrainingClient
+from firesteel.sdk.operations import ModelIdentity
+from training.utils import reference_cache
+from training.utils.losses import PairLogprobs
+from training.utils.pairs import PreferencePair, build_dpo_datums
+from training.utils.reference_cache import BLOCK_PAIRS, CacheStatistics, ReferenceCache
+from training.utils.service import build_service_client
+
+COUNT = 2 * BLOCK_PAIRS + 3
+
+
+@dataclass
+class CountingReference:
+    """A real reference client that counts what it is asked for."""
+
+    client: TrainingClient
+    forwards: int = 0
+    sequences: int = 0
+
+    def forward(self, data: Sequence[Datum]) -> ForwardBackwardOutput:
+        self.forwards += 1
+        self.sequences += len(data)
+        return self.client.forward(data).result()
+
+
+@dataclass
+class Setting:
+    """A cache file, a model, and pairs."""
+
+    path: Path
+    reference: CountingReference
+    identity: ModelIdentity
+    pairs: list[PreferencePair] = field(default_factory=list)
+
+    def fill(
+        self, pairs: Sequence[PreferencePair] | None = None, **changed: str
+    ) -> tuple[list[PairLogprobs], CacheStatistics]:
+        identity = ModelIdentity(
+            changed.get("weights", self.identity.weights), changed.get("numerics", self.identity.numerics)
+        )
+        cache = ReferenceCache(self.path, identity, changed.get("tokenizer", "tokenizer"))
+        try:
+            return cache.fill(self.pairs if pairs is None else pairs, self.reference)
+        finally:
+            cache.close()
+
+
+def make_pair(index: int, response: int = 4) -> PreferencePair:
+    rng = np.random.default_rng(index)
+    prompt = rng.integers(2, 200, 6)
+    sides = [np.concatenate([prompt, rng.integers(2, 200, response)]).tolist() for _ in range(2)]
+    return PreferencePair(*build_dpo_datums(sides[0], sides[1], 6), 6, line=index + 1)
+
+
+@pytest.fixture
+def service(llama_folder: str) -> Iterator[ServiceClient]:
+    with build_service_client(base_model=llama_folder, lora_rank=0) as service:
+        yield service
+
+
+@pytest.fixture
+def setting(tmp_path: Path, service: ServiceClient) -> Setting:
+    client = service.create_reference_client()
+    identity = client.identify().result()
+    pairs = [make_pair(index) for index in range(COUNT)]
+    return Setting(tmp_path / "cache" / "reference.sqlite", CountingReference(client), identity, pairs)
+
+
+def same(one: Sequence[PairLogprobs], other: Sequence[PairLogprobs]) -> bool:
+    return len(one) == len(other) and all(
+        np.array_equal(a.chosen, b.chosen) and np.array_equal(a.rejected, b.rejected)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_values_are_those_of_the_reference_at_the_scored_positions(setting: Setting) -> None:
+    values, statistics = setting.fill()
+    assert (statistics.hits, statistics.computed) == (0, COUNT)
+    for pair, cached in zip(setting.pairs, values, strict=True):
+        chosen, rejected = setting.reference.forward(pair.datums).loss_fn_outputs
+        np.testing.assert_allclose(cached.chosen, chosen["logprobs"].to_numpy()[5:], atol=1e-5)
+        np.testing.assert_allclose(cached.rejected, rejected["logprobs"].to_numpy()[5:], atol=1e-5)
+
+
+def test_a_second_run_computes_nothing_but_its_probe_and_reads_the_same_bits(setting: Setting) -> None:
+    first, _ = setting.fill()
+    setting.reference.sequences = 0
+    second, statistics = setting.fill()
+    assert same(first, second)
+    assert (statistics.hits, statistics.computed) == (COUNT, 0)
+    assert setting.reference.sequences == 2 * statistics.probed == 8
+
+
+def test_shuffles_and_subsets_hit(setting: Setting) -> None:
+    values, _ = setting.fill()
+    order = np.random.default_rng(0).permutation(COUNT)[:20]
+    again, statistics = setting.fill([setting.pairs[i] for i in order])
+    assert statistics.computed == 0
+    assert same(again, [values[i] for i in order])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weights": "others"},
+        {"numerics": "float32 cpu plain torch-2.13 transformers-5.23"},
+        {"tokenizer": "other"},
+    ],
+    ids=["weights", "numerics", "tokenizer"],
+)
+def test_another_reference_or_tokenizer_misses(setting: Setting, changed: dict[str, str]) -> None:
+    setting.fill()
+    _, statistics = setting.fill(**changed)
+    assert (statistics.hits, statistics.computed) == (0, COUNT)
+
+
+def test_other_tokens_or_other_scored_positions_miss(setting: Setting) -> None:
+    setting.fill()
+    pair = setting.pairs[0]
+    tokens = [[*d.model_input.to_ints(), d.loss_fn_inputs["target_tokens"].data[-1]] for d in pair.datums]
+    other_mask = PreferencePair(*build_dpo_datums(tokens[0], tokens[1], 5), 5, 1)
+    other_token = PreferencePair(*build_dpo_datums([*tokens[0][:-1], 3], tokens[1], 6), 6, 1)
+    _, statistics = setting.fill([other_mask, other_token])
+    assert (statistics.hits, statistics.computed) == (0, 2)
+
+
+def test_a_damaged_entry_is_recomputed_and_counted(setting: Setting) -> None:
+    first, _ = setting.fill()
+    with sqlite3.connect(setting.path) as database:
+        key, values = database.execute("SELECT key, vals FROM logprobs LIMIT 1").fetchone()
+        damaged = bytes([values[0] ^ 1]) + values[1:]
+        database.execute("UPDATE logprobs SET vals=? WHERE key=?", (damaged, key))
+    second, statistics = setting.fill()
+    assert (statistics.computed, statistics.damaged) == (1, 1)
+    assert same(first, second)
+    assert setting.fill()[1].damaged == 0
+
+
+def test_wrong_values_with_a_right_checksum_stop_the_run(setting: Setting) -> None:
+    few = setting.pairs[:3]
+    setting.fill(few)
+    with sqlite3.connect(setting.path) as database:
+        for key, values in database.execute("SELECT key, vals FROM logprobs").fetchall():
+            wrong = (np.frombuffer(values, "<f4") + np.float32(0.5)).tobytes()
+            row = (wrong, reference_cache.zlib.crc32(wrong), key)
+            database.execute("UPDATE logprobs SET vals=?, crc=? WHERE key=?", row)
+    with pytest.raises(DataError, match=r"differs by 0\.5.*move the file away"):
+        setting.fill(few)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not a database, but long enough to look like something" * 20, "file is not a database")],
+    ids=["other file"],
+)
+def test_a_file_that_is_no_cache_is_refused(setting: Setting, content: bytes, message: str) -> None:
+    setting.path.parent.mkdir()
+    setting.path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        setting.fill()
+
+
+def test_a_cache_of_another_version_is_refused(setting: Setting) -> None:
+    setting.fill(setting.pairs[:1])
+    with sqlite3.connect(setting.path) as database:
+        database.execute("PRAGMA user_version=99")
+    with pytest.raises(DataError, match="version 99; this program writes 1"):
+        setting.fill()
+
+
+KILLED_IN_ITS_SECOND_BLOCK = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_reference_cache import COUNT, CountingReference, Setting, make_pair
+from training.utils.service import build_service_client
+
+class Killed(CountingReference):
+    def forward(self, data):
+        answer = super().forward(data)
+        if self.forwards == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+service = build_service_client(base_model={model!r}, lora_rank=0)
+client = service.create_reference_client()
+pairs = [make_pair(index) for index in range(COUNT)]
+Setting(Path({path!r}), Killed(client), client.identify().result(), pairs).fill()
+"""
+
+
+def test_a_killed_pass_leaves_whole_blocks_and_the_next_run_completes_it(
+    setting: Setting, llama_folder: str
+) -> None:
+    script = KILLED_IN_ITS_SECOND_BLOCK.format(
+        tests=str(Path(__file__).parent), model=llama_folder, path=str(setting.path)
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with sqlite3.connect(setting.path) as database:
+        assert database.execute("SELECT count(*) FROM logprobs").fetchone() == (2 * BLOCK_PAIRS,)
+    _, statistics = setting.fill()
+    assert (statistics.hits, statistics.computed) == (BLOCK_PAIRS, COUNT - BLOCK_PAIRS)
+
+
+def test_of_two_writers_the_first_wins_and_both_use_its_values(setting: Setting) -> None:
+    one = ReferenceCache(setting.path, setting.identity, "tokenizer")
+    other = ReferenceCache(setting.path, setting.identity, "tokenizer")
+    # The same pair in blocks of different composition: the last bits may differ, what is used may not.
+    first, _ = one.fill(setting.pairs[:BLOCK_PAIRS], setting.reference)
+    second, _ = other.fill([*setting.pairs[5:BLOCK_PAIRS], *setting.pairs[-3:]], setting.reference)
+    assert same(second[: BLOCK_PAIRS - 5], first[5:])
+    one.close()
+    other.close()
