@@ -330,5 +330,14 @@ def test_outcomes_are_written_one_json_object_a_row(tmp_path: Path) -> None:
         {"file": "pairs.jsonl", "line": 3, "outcome": "dropped", "reason": "too long — “x”"},
         {"file": "pairs.jsonl", "line": 5, "outcome": "refused", "reason": "rejected: empty"},
     ]
-    write_row_outcomes(path, "pairs.jsonl", [])
-    assert path.read_text() == ""
+    write_row_outcomes(path, "heldout.jsonl", [RowOutcome(1, "dropped", "too long")])
+    assert [json.loads(line)["file"] for line in path.read_text().splitlines()] == [
+        "pairs.jsonl",
+        "pairs.jsonl",
+        "heldout.jsonl",
+    ]
+
+
+def test_nothing_lost_is_an_empty_file(tmp_path: Path) -> None:
+    write_row_outcomes(tmp_path / "bad_rows.jsonl", "pairs.jsonl", [])
+    assert (tmp_path / "bad_rows.jsonl").read_text() == ""

@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
-from training.utils import preference_data
-from training.utils.preference_data import (
-    FORMATS,
-    ChatExample,
-    ExampleError,
-    PlainExample,
-    TextExample,
-    read_preferences,
-)
+from training.utils import jsonl, preference_data
+from training.utils.preference_data import FORMATS, read_preferences
+from training.utils.preference_examples import ChatExample, ExampleError, PlainExample, TextExample
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
@@ -627,7 +621,7 @@ def test_a_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> None:
 def test_a_row_over_the_size_limit_is_refused_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preference_data, "MAX_ROW_BYTES", 250)
+    monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 250)
     path = write(tmp_path, GOOD, PLAIN | {"chosen": "x" * 1000}, GOOD, PLAIN | {"chosen": "x" * 300})
 
     file = read_preferences(path, "skip")

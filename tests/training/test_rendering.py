@@ -15,7 +15,7 @@ from toy_tokenizers import (
 )
 
 from firesteel.sdk.errors import DataError, ModelError
-from training.utils.preference_data import (
+from training.utils.preference_examples import (
     ChatExample,
     Message,
     PlainExample,

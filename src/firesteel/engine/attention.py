@@ -65,7 +65,7 @@ def tree_attention(
     tree.reached_attention = True
     grouped = query.shape[1] != key.shape[1]
     # Split once and join along paths: the gradient of a slice would be as long as the whole row.
-    queries, keys, values = (states.split(tree.lengths, dim=2) for states in (query, key, value))
+    queries, keys, values = (torch.split(states, tree.lengths, dim=2) for states in (query, key, value))
     outputs = [
         F.scaled_dot_product_attention(
             own,

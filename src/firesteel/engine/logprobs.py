@@ -56,7 +56,7 @@ def _scores(
     chosen = torch.from_numpy(np.concatenate([target.ravel() for target in targets])).to(logits.device)
     normalizer = torch.logsumexp(_widened(logits), dim=-1)
     scores = _widened(logits[index, chosen]) - normalizer[index]
-    parts = scores.split([target.size for target in targets])
+    parts = torch.split(scores, [target.size for target in targets])
     return [part.reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
 
 

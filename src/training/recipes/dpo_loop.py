@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -179,26 +178,27 @@ class Run:
 
 def read_pairs(config: Config, renderer: Renderer, run: RunFolder, display: Display) -> Split:
     """Read, render and split the rows; say and list what is not used."""
-    train = _read(config.dataset, config, renderer, run, display)
-    if config.eval_dataset:
-        return Split(train[: config.max_pairs], _read(config.eval_dataset, config, renderer, run, display))
-    return split_by_prompt(train[: config.max_pairs], config.eval_fraction, config.seed)
+    train = _read(config.dataset, config.max_pairs, config, renderer, run, display)
+    if not config.eval_dataset:
+        return split_by_prompt(train, config.eval_fraction, config.seed)
+    return Split(train, _read(config.eval_dataset, None, config, renderer, run, display))
 
 
 def _read(
-    path: str, config: Config, renderer: Renderer, run: RunFolder, display: Display
+    path: str, max_pairs: int | None, config: Config, renderer: Renderer, run: RunFolder, display: Display
 ) -> tuple[PreferencePair, ...]:
     file = read_preferences(path, config.on_bad_row)
     rendered = render_pairs(
-        file, renderer, max_seq_len=config.max_seq_len, truncate=config.truncate, on_bad_row=config.on_bad_row
+        file,
+        renderer,
+        max_seq_len=config.max_seq_len,
+        truncate=config.truncate,
+        on_bad_row=config.on_bad_row,
+        max_pairs=max_pairs,
     )
     write_row_outcomes(run.bad_rows, path, rendered.dropped)
-    counts = Counter(row.outcome for row in rendered.dropped)
-    lost = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-    display.say(
-        f"{path}: {file.rows} rows of the form {file.format}, {len(rendered.pairs)} pairs"
-        + (f"; {lost} (listed in {run.bad_rows})" if lost else "")
-    )
+    listed = f" (listed in {run.bad_rows})" if rendered.dropped else ""
+    display.say(f"{path}: {file.rows} rows of the form {file.format}: {rendered.summary}{listed}")
     return rendered.pairs
 
 
@@ -346,9 +346,9 @@ def evaluate_heldout(
     metrics = evaluate(policy, run.split.heldout, references, run.objective)
     run.metrics.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(
-        f"held out, step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"dpo_loss {metrics['dpo_loss']:.4f}  Δlogp chosen {metrics['delta_logp/chosen']:+.2f} "
-        f"rejected {metrics['delta_logp/rejected']:+.2f}  policy's own preference {metrics['policy_preference']:.3f}"
+        f"held out after step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
+        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}  "
+        f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
     )
     return metrics
 

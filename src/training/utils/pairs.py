@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, FloatArray, ModelInput, TensorData
-from training.utils.preference_data import ExampleError, OnBadRow, PreferenceFile, refuse_rows
+from training.utils.preference_data import OnBadRow, PreferenceFile, refuse_rows
+from training.utils.preference_examples import ExampleError
 from training.utils.rendering import RenderedPair, Renderer, Tokens, shared_length
 
 Truncate = Literal["drop", "response_end"]
@@ -79,6 +81,13 @@ class RenderedPairs:
 
     pairs: tuple[PreferencePair, ...]
     dropped: tuple[RowOutcome, ...]
+
+    @property
+    def summary(self) -> str:
+        """`551 pairs; 3 dropped, 38 refused`."""
+        counts = Counter(row.outcome for row in self.dropped)
+        lost = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        return f"{len(self.pairs)} pairs" + (f"; {lost}" if lost else "")
 
 
 def build_dpo_datums(
@@ -157,16 +166,15 @@ def render_pairs(
 
 
 def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
-    """Write one JSON object per row that was refused, dropped or shortened: file, line, outcome, reason.
+    """Append one JSON object per row that was refused, dropped or shortened: file, line, outcome, reason.
 
-    `source` is the data file they are from. Without outcomes the file is empty: nothing was lost.
+    `source` is the data file they are from. A file that stays empty says that nothing was lost.
     """
     rows = (
         {"file": source, "line": row.line, "outcome": row.outcome, "reason": row.reason} for row in outcomes
     )
-    Path(path).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _fitted(

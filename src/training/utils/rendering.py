@@ -21,7 +21,7 @@ from firesteel import store
 from firesteel.catalog import load_catalog
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.types import FloatArray
-from training.utils.preference_data import (
+from training.utils.preference_examples import (
     ChatExample,
     ExampleError,
     Message,

@@ -1,0 +1,139 @@
+"""JSON Lines, as it is or gzipped: bytes → one object per line, or why a line is none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from firesteel.sdk.errors import DataError
+from training.utils.preference_examples import ExampleError
+from training.utils.row_values import Row, field_path, shown
+
+MAX_ROW_BYTES = 50_000_000
+
+
+def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, with its number from 1. A line over the limit is cut just behind it."""
+    try:
+        with _open(path) as stream:
+            for line, raw in enumerate(_bounded_lines(stream), start=1):
+                row = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+                if line == 1:
+                    _refuse_foreign_file(path, row)
+                if row.strip():
+                    yield line, row
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    stream = open(path, "rb")  # noqa: SIM115  # closed by the caller's `with`
+    if stream.peek(2)[:2] != b"\x1f\x8b":
+        return stream
+    stream.close()
+    return cast("IO[bytes]", gzip.open(path, "rb"))
+
+
+def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    while raw := stream.readline(MAX_ROW_BYTES + 1):
+        rest = raw
+        while not rest.endswith(b"\n") and (rest := stream.readline(MAX_ROW_BYTES)):
+            pass  # what is over the limit is read in pieces and forgotten
+        yield raw
+
+
+def _refuse_foreign_file(path: str, first_line: bytes) -> None:
+    """Known by its first line: what is not JSON Lines at all, where an error per line would help nobody."""
+    start = first_line.strip()
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
+    if start.startswith(b"PAR1"):
+        raise DataError(f"{path}: the file is Parquet; write its rows as JSON Lines")
+    if start.startswith(b"[") and start[1:].lstrip()[:1] in (b"", b"{"):
+        raise DataError(f"{path}: the file is one JSON array; expected one object per line (`jq -c '.[]'`)")
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a key stands twice; JSON readers differ in which one they keep."""
+
+    key: str = ""
+
+
+class _NotFinite(str):
+    """NaN, Infinity or -Infinity where JSON has a number."""
+
+
+def parse_row(raw: bytes) -> Row:
+    """The JSON object of one line. Raises ExampleError."""
+    if len(raw) > MAX_ROW_BYTES:
+        raise ExampleError("row", f"more than {MAX_ROW_BYTES:,} bytes in one line")
+    try:
+        row = _decoded(raw)
+        _refuse_unusable_values(row, "")
+    except RecursionError:
+        raise ExampleError("row", "nested too deeply to be read") from None
+    if not isinstance(row, dict):
+        raise ExampleError("row", f"{shown(row)}; expected an object")
+    return row
+
+
+def _decoded(raw: bytes) -> object:
+    try:
+        text = raw.decode("utf-8").rstrip()  # with its line end, an error at the end would be in column 1
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_NotFinite)
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
+        raise ExampleError("row", f"not UTF-8: {place}") from None
+    except json.JSONDecodeError as error:
+        raise ExampleError("row", f"not valid JSON at column {error.colno}: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ExampleError("row", f"not usable as JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
+    keys = [key for key, _ in pairs]
+    repeated = _Repeated(content)
+    repeated.key = next(key for key in keys if keys.count(key) > 1)
+    return repeated
+
+
+def _refuse_unusable_values(value: object, place: str) -> None:
+    """Refuse what Python's JSON reader lets through although it is not JSON, or not text."""
+    if isinstance(value, _NotFinite):
+        raise ExampleError(place or "row", f"{value} is not JSON; write a number or null")
+    if isinstance(value, str):
+        _refuse_unusable_text(value, place or "row")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unusable_values(item, f"{place}[{index}]")
+    elif isinstance(value, dict):
+        if isinstance(value, _Repeated):
+            raise ExampleError(
+                field_path(place, value.key), f"the key {value.key!r} is there twice in one object"
+            )
+        for key, item in value.items():
+            _refuse_unusable_text(key, field_path(place, ascii(key)))
+            _refuse_unusable_values(item, field_path(place, key))
+
+
+def _refuse_unusable_text(text: str, place: str) -> None:
+    if "\0" in text:
+        raise ExampleError(place, f"a NUL character at position {text.index(chr(0))}; remove it")
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ExampleError(
+            place,
+            f"half a character ({half}, a lone surrogate) at position {error.start}; the text was cut",
+        ) from None

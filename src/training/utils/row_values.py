@@ -1,0 +1,62 @@
+"""Values of a row: reaching them, comparing them, and showing them in errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, TypeAlias, cast
+
+from training.utils.preference_examples import ExampleError
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+def required(holder: Row, key: str, place: str = "") -> Any:
+    """The value of a key that must be there. Raises ExampleError naming the keys that are."""
+    if key not in holder:
+        raise ExampleError(field_path(place, key), f"missing; {keys_found(holder)}")
+    return holder[key]
+
+
+def required_object(row: Row, key: str) -> Row:
+    """The same, where it must be an object."""
+    value = required(row, key)
+    if not isinstance(value, dict):
+        raise ExampleError(key, f"{shown(value)}; expected an object with messages")
+    return value
+
+
+def field_path(place: str, key: str) -> str:
+    """Where a key stands: `chosen.messages`."""
+    return f"{place}.{key}" if place else key
+
+
+def same_json(one: object, other: object) -> bool:
+    """Equal as JSON: Python alone takes true for 1."""
+    return one == other and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: its kind, and so much of it as tells it from others."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the string {excerpt(value)}" if value else "an empty string"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    return f"an object ({keys_found(cast('Row', value))})"
+
+
+def keys_found(holder: Row) -> str:
+    """The keys of an object, for an error about one that is missing."""
+    keys = ", ".join(islice(holder, 12)) + (", …" if len(holder) > 12 else "")
+    return f"the keys here are {keys}" if holder else "there are no keys here"
+
+
+def excerpt(text: str, start: int = 0, length: int = 40) -> str:
+    """A piece of a text, quoted."""
+    shown = json.dumps(text[start : start + length], ensure_ascii=False)
+    return shown if len(text) <= start + length else f'{shown[:-1]}…"'

@@ -1,0 +1,130 @@
+"""`firesteel dpo` as a user runs it: a process, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def firesteel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "firesteel.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A run of two steps on tiny-llama."""
+    row = {"prompt": "Question? ", "chosen": "yes", "rejected": "no"}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({**row, "prompt": f"Question {i}? "}) + "\n" for i in range(4)))
+    settings = {
+        "log_path": str(tmp_path / "run"),
+        "base_model": "tiny-llama",
+        "dataset": str(data),
+        "lora_rank": 2,
+        "batch_size": 2,
+        "lr_scheduler": {"type": "cosine", "warmup_steps": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_flag_wins_over_set_which_wins_over_the_file(config_file: Path) -> None:
+    ran = firesteel(
+        "dpo", str(config_file), "--set", "beta=0.2", "--set", "epochs=3", "--set", "lr_scheduler.warmup_steps=2",
+        "--epochs", "2", "--lr-scheduler.min-lr-ratio", "0.5", "--learning-rate", "1e-4",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    used = json.loads((config_file.parent / "run/config.json").read_text())
+    assert (used["beta"], used["epochs"], used["batch_size"], used["learning_rate"]) == (0.2, 2, 2, 1e-4)
+    assert used["lr_scheduler"]["type"] == "cosine"
+    assert (used["lr_scheduler"]["warmup_steps"], used["lr_scheduler"]["min_lr_ratio"]) == (2, 0.5)
+    assert "step 4/4" in ran.stdout
+    assert (config_file.parent / "run/adapter/adapter_config.json").exists()
+
+
+def test_all_settings_may_be_flags(config_file: Path) -> None:
+    folder = config_file.parent
+    ran = firesteel(
+        "dpo", "--log-path", str(folder / "other"), "--base-model", "tiny-llama", "--dataset",
+        str(folder / "pairs.jsonl"), "--sample-prompts", "['Hello?', 'Well, well']", "--sample-max-tokens", "3",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert len((folder / "other/samples.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "betta=1"], "error[config]: betta: Config has no such setting"),
+        (["--set", "beta"], "error[config]: --set beta: expected key=value"),
+        (["--beta", "-1"], "error[config]: beta: Input should be greater than 0 (got '-1')"),
+        (["--dataset", "missing.jsonl"], "error[data]: missing.jsonl"),
+        (["--base-model", "nobody"], "error[model]: "),
+        (["--dcp-save-interval", "3"], "error[not_built_yet]: dcp_save_interval"),
+    ],
+    ids=["unknown", "no value", "out of range", "no data", "no model", "not built"],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    config_file: Path, arguments: list[str], message: str
+) -> None:
+    ran = firesteel("dpo", str(config_file), *arguments)
+    assert (ran.returncode, ran.stderr.startswith(message)) == (2, True), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_bad_row_is_named_by_file_and_line(config_file: Path) -> None:
+    data = config_file.parent / "pairs.jsonl"
+    data.write_text(data.read_text() + '{"prompt": "x", "chosen": "", "rejected": "n"}\n')
+    ran = firesteel("dpo", str(config_file))
+    assert ran.returncode == 2
+    assert f"{data}:5: chosen" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- a\n- b", "expected settings as `name: value`, found list"),
+        (None, "No such file"),
+    ],
+    ids=["broken", "a list", "missing"],
+)
+def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    ran = firesteel("dpo", str(path))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error[config]: ")
+    assert message in ran.stderr
+
+
+def test_help_answers_at_once_and_lists_every_setting() -> None:
+    from training.recipes.dpo_loop import Config
+
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        ran = firesteel("dpo", "--help")
+        seconds.append(time.monotonic() - started)
+    assert all(f"--{name.replace('_', '-')}" in ran.stdout for name in Config.model_fields)
+    assert min(seconds) < 0.5
+
+
+def test_help_loads_no_model_code() -> None:
+    script = (
+        "import sys; sys.argv = ['firesteel', 'dpo', '--help']\n"
+        "from firesteel.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit:\n    pass\n"
+        "print('loaded:', sorted({'torch', 'transformers', 'peft', 'rich'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("loaded: []\n")

@@ -1,0 +1,37 @@
+"""What is shipped under `examples/` is what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.recipes.dpo_loop import Config
+from training.utils.preference_data import read_preferences
+from training.utils.preference_examples import ChatExample
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/dpo*.yaml")), ids=lambda path: path.parent.name)
+def test_every_example_configuration_loads(path: Path) -> None:
+    settings = Config(**yaml.safe_load(path.read_text()))
+    assert (EXAMPLES.parent / settings.dataset).exists()
+
+
+def test_the_demo_set_has_both_forms_of_the_guide_and_shares_no_question() -> None:
+    train = read_preferences(EXAMPLES / "preferences/train.jsonl")
+    heldout = read_preferences(EXAMPLES / "preferences/heldout.jsonl")
+    assert (train.format, len(train.examples)) == ("messages", 176)
+    assert (heldout.format, len(heldout.examples)) == ("preferred_output", 32)
+    asked = [
+        {
+            example.prompt[-1]["content"].lower()
+            for example in file.examples
+            if isinstance(example, ChatExample)
+        }
+        for file in (train, heldout)
+    ]
+    assert [len(questions) for questions in asked] == [176, 32]
+    assert asked[0].isdisjoint(asked[1])

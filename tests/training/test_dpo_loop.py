@@ -1,0 +1,243 @@
+"""The DPO recipe from file to exported weights, on a real tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firesteel.sdk import ConfigError, DataError, ModelError, NotBuiltYetError
+from training.recipes.dpo_loop import Config, RunSummary, main
+
+TIMED = {"train/step_time_sec", "train/tokens_per_sec"}
+
+
+def write_rows(path: Path, count: int, start: int = 0) -> str:
+    """Learnable pairs: the answer `yes` is preferred to `nope`."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Question {index}?"}],
+            "chosen": [{"role": "assistant", "content": f"yes {index}"}],
+            "rejected": [{"role": "assistant", "content": f"nope {index}"}],
+        }
+        for index in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(tmp_path: Path, count: int = 6, **settings: Any) -> Config:
+    values = {
+        "log_path": str(tmp_path / "run"),
+        "base_model": "tiny-llama",
+        "dataset": write_rows(tmp_path / "pairs.jsonl", count),
+        "lora_rank": 4,
+        "learning_rate": 3e-3,
+        "batch_size": 2,
+        **settings,
+    }
+    return Config(**values)
+
+
+def records(path: Path) -> list[dict[str, float]]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def steps(path: Path) -> list[dict[str, float]]:
+    return [record for record in records(path) if "train/dpo_loss" in record]
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
+def test_a_run_starts_at_ln_2_learns_the_preference_and_exports(tmp_path: Path, rank: int) -> None:
+    rate = 3e-3 if rank else 3e-4
+    summary = main(
+        config(
+            tmp_path,
+            lora_rank=rank,
+            learning_rate=rate,
+            epochs=3,
+            eval_dataset=write_rows(tmp_path / "heldout.jsonl", 4, start=50),
+        )
+    )
+    run = tmp_path / "run"
+    losses = [record["train/dpo_loss"] for record in steps(run)]
+    assert summary.steps == len(losses) == 9
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    assert summary.before["margin"] == pytest.approx(0, abs=1e-4)
+    assert summary.after["margin"] > 0
+    assert summary.after["accuracy"] == 1
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "bad_rows.jsonl",
+        "samples.jsonl",
+        "adapter" if rank else "model",
+    }
+    assert json.loads((run / "config.json").read_text())["beta"] == 0.1
+
+
+def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(tmp_path: Path) -> None:
+    outcomes = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        main(config(folder, seed=seed, epochs=2))
+        weights = (folder / "run/adapter/adapter_model.safetensors").read_bytes()
+        outcomes.append((records(folder / "run"), weights))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] != outcomes[2][1]
+
+
+def test_every_step_logs_the_guides_names_and_trls(tmp_path: Path) -> None:
+    main(config(tmp_path))
+    expected = {"train/step", "train/epoch", "train/lr", "train/dpo_loss", "train/loss", "train/margin"}
+    expected |= {"train/accuracy", "train/grad_norm", "train/step_tokens", "train/tie_rate"}
+    expected |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    expected |= {"logps/chosen", "logps/rejected", "delta_logp/chosen", "delta_logp/rejected"}
+    assert expected <= set(steps(tmp_path / "run")[0])
+
+
+def test_the_last_smaller_batch_is_trained_and_divides_by_its_own_pairs(tmp_path: Path) -> None:
+    assert main(config(tmp_path, count=5)).steps == 3
+    last = steps(tmp_path / "run")[-1]
+    # One pair: its loss is that of its margin, undivided.
+    assert last["train/dpo_loss"] == pytest.approx(math.log1p(math.exp(-0.1 * last["train/margin"])))
+
+
+def test_a_second_run_takes_the_reference_from_the_cache_and_gives_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, count=7, seed=3)
+    main(settings)
+    capsys.readouterr()
+    main(settings)
+    said = capsys.readouterr().out
+    assert "7 from the cache, 0 computed" in said
+    assert f"moved to {tmp_path / 'run' / 'previous-1'}" in said
+    assert records(tmp_path / "run") == records(tmp_path / "run/previous-1")
+
+
+def test_a_reference_of_its_own_gives_a_lora_run_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = []
+    for name, trainer in (
+        ("shared", {}),
+        ("separate", {"reference_training_shape_id": "accounts/local/trainingShapes/cpu-forward"}),
+    ):
+        monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / name / "home"))  # nothing cached by the other
+        (tmp_path / name).mkdir()
+        summary = main(config(tmp_path / name, trainer=trainer))
+        outcomes.append((summary, [record["train/dpo_loss"] for record in steps(tmp_path / name / "run")]))
+    assert outcomes[0][0].reference_job_id is None
+    assert outcomes[1][0].reference_job_id is not None
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-6)
+
+
+def test_rows_over_the_limit_are_dropped_counted_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    settings = config(tmp_path, count=4, max_seq_len=120)
+    long = {"prompt": "Q", "chosen": "a" * 300, "rejected": "b"}
+    chat = json.loads(data.read_text().splitlines()[0])
+    chat["chosen"][0]["content"] = long["chosen"]
+    with data.open("a") as file:
+        file.write(json.dumps(chat) + "\n")
+    main(settings)
+    (listed,) = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert (listed["line"], listed["outcome"]) == (5, "dropped")
+    assert "more than max_seq_len 120" in listed["reason"]
+    assert "4 pairs; 1 dropped" in capsys.readouterr().out
+
+
+def test_bad_rows_stop_the_run_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    settings = config(tmp_path, base_model="no-such-model", tokenizer_model="tiny-llama")
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write('{"prompt": []}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl:7"):
+        main(settings)
+    (tmp_path / "good").mkdir()
+    with pytest.raises(ModelError, match="no-such-model"):
+        main(config(tmp_path / "good", base_model="no-such-model", tokenizer_model="tiny-llama"))
+
+
+def test_skipped_rows_are_listed_and_the_run_goes_on(tmp_path: Path) -> None:
+    settings = config(tmp_path, on_bad_row="skip")
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write("not json\n")
+    assert main(settings).steps == 3
+    (listed,) = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert (listed["line"], listed["outcome"]) == (7, "refused")
+
+
+def test_a_fraction_is_held_out_and_evaluated_at_the_interval(tmp_path: Path) -> None:
+    summary = main(config(tmp_path, count=10, eval_fraction=0.2, eval_interval=2))
+    assert summary.steps == 4  # 8 pairs, 2 a step
+    evaluated = [r["train/step"] for r in records(tmp_path / "run") if "eval/margin" in r]
+    assert evaluated == [0, 2, 4]
+
+
+def test_answers_before_and_after_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(config(tmp_path, sample_prompts=("Question 1?",), sample_max_tokens=5))
+    (answer,) = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert set(answer) == {"prompt", "before", "after"}
+    assert "Q: Question 1?" in capsys.readouterr().out
+
+
+def test_the_schedule_and_the_rate_reach_the_optimizer(tmp_path: Path) -> None:
+    main(config(tmp_path, lr_scheduler="linear"))
+    assert [record["train/lr"] for record in steps(tmp_path / "run")] == pytest.approx([2e-3, 1e-3, 0])
+
+
+def test_a_row_longer_than_the_trainer_takes_names_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = tmp_path / "catalog.yaml"
+    shape = "{base_model: '*', mode: LORA_TRAINER, device: cpu, dtype: float32, max_context_length: 20}"
+    catalog.write_text(f"shapes:\n  short: {shape}\n")
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(catalog))
+    with pytest.raises(ConfigError, match=r"max_seq_len: 6 rows .*more than the 20 tokens"):
+        main(config(tmp_path, trainer={"training_shape_id": "short"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betta": 0.1}, "betta: Config has no such setting"),
+        ({"beta": 0}, r"beta: .*greater than 0 \(got 0\)"),
+        ({"eval_fraction": 0.1, "eval_dataset": "x"}, "give eval_dataset or eval_fraction, not both"),
+        ({"eval_interval": 3}, "eval_interval needs held-out pairs"),
+        ({"lora_rank": 0, "lora_alpha": 8}, "lora_alpha is not read at lora_rank 0"),
+        ({"trainer": {"shape": "x"}}, "TrainerConfig has no such setting|trainer.shape"),
+        ({"lr_scheduler": "sometimes"}, "lr_scheduler"),
+    ],
+    ids=["unknown", "out of range", "two ways", "nothing to evaluate", "unused", "nested", "schedule"],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_checkpoints_are_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(NotBuiltYetError, match="dcp_save_interval"):
+        config(tmp_path, dcp_save_interval=5)
+
+
+def test_an_unset_setting_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="dataset: must be given"):
+        Config(log_path="x", base_model="tiny-llama")  # type: ignore[call-arg]
+
+
+def test_the_summary_says_what_the_files_say(tmp_path: Path) -> None:
+    summary: RunSummary = main(config(tmp_path, count=10, eval_fraction=0.2))
+    last = [record for record in records(tmp_path / "run") if "eval/margin" in record][-1]
+    assert summary.after == {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
+    assert Path(summary.export_path) == tmp_path / "run/adapter"
