@@ -268,7 +268,15 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
     cache = ReferenceCache(path, reference.identify(), run.renderer.identity)
     started = time.monotonic()
     with run.display.bar("reference", len(pairs)) as bar:
-        references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
+
+        def advance(done: int) -> None:
+            bar.advance(done)
+            if bar.due(seconds=10) and bar.pairs < len(pairs):
+                run.display.say(
+                    f"reference {bar.pairs}/{len(pairs)}  {bar.rate()}  {bar.time_left():.0f} s left"
+                )
+
+        references, statistics = cache.fill(pairs, reference, advance, run.config.seed)
     cache.close()
     run.display.say(
         f"reference: {len(pairs)} pairs, {statistics.hits} from the cache, {statistics.computed} computed "
