@@ -44,6 +44,9 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("FIRESTEEL_BASE_URL", "FIRESTEEL_API_KEY", "FIREWORKS_BASE_URL", "FIREWORKS_API_KEY"):
             patch.delenv(name, raising=False)
         patch.delenv("FIRESTEEL_CATALOG", raising=False)
+        # Tiny models gain nothing from threads, and lose much on a machine that is busy with something else.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
         yield
 
 

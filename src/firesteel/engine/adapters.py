@@ -6,6 +6,7 @@ one is active. With none active a layer computes exactly its base layer: the bas
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ class Adapter:
             lora_dropout=0.0,
             target_modules=_target_modules(base.network, config),
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _expecting_several_adapters():
             torch.manual_seed(config.seed)
             inject_adapter_in_model(self._peft_config, base.network, adapter_name=name)
         base.network.eval()
@@ -77,10 +78,20 @@ class Adapter:
 
     def remove(self) -> None:
         """Take the adapter off the base and free its weights."""
-        for layer in _adapted_layers(self._base.network):
-            if self._name in layer.r:
-                layer.delete_adapter(self._name)
+        with _expecting_several_adapters():
+            for layer in _adapted_layers(self._base.network):
+                if self._name in layer.r:
+                    layer.delete_adapter(self._name)
         self._base.network.peft_config.pop(self._name, None)
+
+
+@contextmanager
+def _expecting_several_adapters() -> Iterator[None]:
+    """peft warns of what is meant here: a second adapter on a base, and the end of the active one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        yield
 
 
 def switch_adapter(network: PreTrainedModel, name: str | None) -> None:

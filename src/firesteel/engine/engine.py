@@ -40,7 +40,6 @@ from firesteel.sdk.operations import (
     Sample,
     SaveWeights,
     UnloadModel,
-    check_data,
     operation_name,
 )
 from firesteel.sdk.shapes import TrainingShape
@@ -52,6 +51,7 @@ from firesteel.sdk.types import (
     SaveWeightsResponse,
     TensorData,
 )
+from firesteel.sdk.validation import check_data
 
 logger = logging.getLogger("firesteel")
 
@@ -320,10 +320,14 @@ class Engine:
         partial = target.with_name(f".partial-{target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        trainer.write_weights(partial)
-        if not trainer.adapted:
-            store.copy_tokenizer(trainer.base.folder, partial)
-        partial.rename(target)
+        try:
+            trainer.write_weights(partial)
+            if not trainer.adapted:
+                store.copy_tokenizer(trainer.base.folder, partial)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return SaveWeightsResponse(str(target))
 
     def _model(self, model_id: str) -> HostedModel:

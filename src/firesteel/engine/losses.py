@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 import torch
 
-from firesteel.sdk.operations import LOSS_SETTINGS
 from firesteel.sdk.types import Datum
+from firesteel.sdk.validation import LOSS_SETTINGS
 
 
 def datum_loss(

@@ -24,6 +24,8 @@ def sample(
             f"sample: {len(tokens)} prompt tokens and max_tokens={params.max_tokens}; "
             f"1 to {base.max_context_length} tokens in all are possible"
         )
+    if not 0 <= min(tokens) <= max(tokens) < base.vocabulary:
+        raise OperationError(f"sample: a prompt token is outside the {base.vocabulary} tokens of {base.name}")
     stop = _stop_tokens(base, params)
     ids = torch.tensor([tokens], device=base.network.device)
     with torch.random.fork_rng(devices=[]), using_attention(base.network, base.native_attention):

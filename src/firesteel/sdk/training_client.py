@@ -28,7 +28,6 @@ from firesteel.sdk.operations import (
     Sample,
     SaveWeights,
     UnloadModel,
-    check_data,
     operation_name,
 )
 from firesteel.sdk.transport import Transport
@@ -41,6 +40,7 @@ from firesteel.sdk.types import (
     SamplingParams,
     SaveWeightsResponse,
 )
+from firesteel.sdk.validation import check_adam_params, check_data, check_sampling
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class TrainingClient:
         gradient, no number used, the client goes on.
         """
         passed = list(data)
-        ours = self._checked(passed, "cross_entropy", None)
+        ours = self._checked(_without_extras(passed), "cross_entropy", None)
         forward, of = self._send_numbered(lambda seq: Forward(self.model_id, seq, ours, retain=True))
         output = forward.result()
         try:
@@ -116,6 +116,7 @@ class TrainingClient:
     def optim_step(self, adam_params: Any) -> APIFuture[OptimStepResponse]:
         """One AdamW step with these settings on the gradient added so far, which it clears."""
         params = as_adam_params(adam_params)
+        check_adam_params(params)
         return self._send(lambda seq: OptimStep(self.model_id, seq, params))
 
     def save_weights(self, path: str) -> APIFuture[SaveWeightsResponse]:
@@ -128,6 +129,7 @@ class TrainingClient:
         """Continue `prompt` (a `ModelInput` or token ids) with the present weights."""
         self._ledger.raise_unread()
         params = as_sampling_params(sampling_params or SamplingParams())
+        check_sampling(params, num_samples)
         return self._submit(Sample(self.model_id, as_model_input(prompt), params, num_samples))
 
     def identify(self) -> APIFuture[ModelIdentity]:
@@ -180,6 +182,15 @@ class TrainingClient:
         if self._closed:
             raise ClosedError(f"{name}: the client of {self.model_id} is closed")
         return self._ledger.track(APIFuture(self._transport.submit(operation), name, convert))
+
+
+def _without_extras(data: list[Any]) -> list[Datum]:
+    """What the trainer needs for log-probabilities; a custom loss may read more of its data than that."""
+    needed = ("target_tokens", "weights")
+    return [
+        Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in needed if name in d.loss_fn_inputs})
+        for d in as_data(data)
+    ]
 
 
 def _differentiate(

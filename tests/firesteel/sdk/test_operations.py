@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from firesteel.sdk import AdamParams, Datum, EncodedTextChunk, ModelInput, OperationError, TensorData
 from firesteel.sdk.operations import (
-    LOSS_SETTINGS,
     Backward,
     Forward,
     ForwardBackward,
@@ -25,10 +24,10 @@ from firesteel.sdk.operations import (
     OrderedOperation,
     SaveWeights,
     UnloadModel,
-    check_data,
     fingerprint,
     operation_name,
 )
+from firesteel.sdk.validation import LOSS_SETTINGS, check_data
 
 GOOD = Datum(
     ModelInput.from_ints([1, 2, 3]),
