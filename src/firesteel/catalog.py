@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -129,6 +129,35 @@ class Catalog:
                 f"ask for {bare}/versions/{shape.version} or leave the version out"
             )
         return shape
+
+    def resolve_shape(
+        self,
+        name: str | None,
+        base_model: str,
+        modes: Sequence[Mode],
+        min_context: int | None,
+        devices: Sequence[str],
+    ) -> TrainingShape:
+        """The shape of this name, if it serves; without a name, one of the first of `modes` that has any.
+
+        Raises ModelError that says why the named shape cannot serve, or what was looked at.
+        """
+        if name is not None:
+            shape = self.shape(name)
+            mode = shape.mode if shape.mode in modes else modes[0]
+            reason = _reason_against(
+                replace(shape, validated=True), base_model, mode, min_context or 0, devices
+            )
+            if reason is None:
+                return shape
+            needed = f"{' or '.join(modes)} for {base_model!r} with {min_context or 0} tokens on {' or '.join(devices)}"
+            raise ModelError(f"training shape {shape.name!r} {reason}; needed here: {needed}")
+        for mode in modes[:-1]:
+            try:
+                return self.select_shape(base_model, mode, min_context, devices)
+            except ModelError:
+                continue  # a later mode serves too; the last one's error is the answer
+        return self.select_shape(base_model, modes[-1], min_context, devices)
 
     def select_shape(
         self, base_model: str, mode: Mode, min_context: int | None, devices: Sequence[str]

@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import shutil
 import threading
 import traceback
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from firesteel import store
-from firesteel.catalog import load_catalog
-from firesteel.engine.models import BaseModel, load_base, numerics_identity, on_shape, weights_identity
+from firesteel.engine.host import Host
 from firesteel.engine.ordering import ModelOrder, new_future
-from firesteel.engine.packing import plan
-from firesteel.engine.sampling import sample
-from firesteel.engine.trainer import Scores, Sequences, Trainer, built_in_loss, linear_loss
-from firesteel.sdk.errors import ClosedError, FiresteelError, ModelError, OperationError, OperationFailed
+from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, OperationFailed
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
     Forward,
     ForwardBackward,
-    IdentifyModel,
-    ModelDescription,
-    ModelIdentity,
     Operation,
     OptimStep,
-    ReleaseForward,
-    ResolveShape,
-    Sample,
     SaveWeights,
     UnloadModel,
     operation_name,
 )
-from firesteel.sdk.shapes import TrainingShape
-from firesteel.sdk.types import (
-    Datum,
-    ForwardBackwardOutput,
-    OptimStepResponse,
-    SampleResponse,
-    SaveWeightsResponse,
-    TensorData,
-)
-from firesteel.sdk.validation import check_data
 
 logger = logging.getLogger("firesteel")
-
-# Tokens of one forward-backward pass. The logits of scored positions dominate its memory.
-TOKENS_PER_PASS = 1024
-
-
-@dataclass(frozen=True)
-class RetainedForward:
-    """What a `Backward` needs of the forward it belongs to."""
-
-    data: tuple[Datum, ...]
-    answer: ForwardBackwardOutput
-
-
-@dataclass
-class HostedModel:
-    """A model of this engine: its trainer, its order, and forwards that a backward may follow."""
-
-    description: ModelDescription
-    trainer: Trainer
-    retained: dict[int, RetainedForward] = field(default_factory=dict)
 
 
 class Engine:
@@ -83,11 +35,8 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self._catalog = load_catalog()
-        self._models: dict[str, HostedModel] = {}
+        self._host = Host()
         self._orders: dict[str, ModelOrder] = {}
-        self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
-        self._numbers = itertools.count(1)
         self._queue: deque[tuple[Operation, Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -105,7 +54,7 @@ class Engine:
                 case Forward() | ForwardBackward() | Backward() | OptimStep() | SaveWeights():
                     if operation.model_id not in self._orders:
                         raise OperationError(
-                            f"{operation_name(operation)}: {self._no_model(operation.model_id)}"
+                            f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"
                         )
                     future, ready = self._orders[operation.model_id].accept(operation)
                     self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
@@ -131,8 +80,7 @@ class Engine:
                 ClosedError(f"{operation_name(operation)}: the engine was closed before it ran")
             )
         self._thread.join()
-        self._models.clear()
-        self._shared_bases.clear()
+        self._host.clear()
 
     def _work(self) -> None:
         while True:
@@ -147,7 +95,9 @@ class Engine:
 
     def _answer(self, operation: Operation, future: Future[Any]) -> None:
         try:
-            future.set_result(self._run(operation))
+            result = self._host.run(operation)
+            self._follow(operation, result)
+            future.set_result(result)
         except FiresteelError as error:
             _forget_frames(error)
             future.set_exception(error)
@@ -158,187 +108,16 @@ class Engine:
             _forget_frames(error)
             future.set_exception(failure)
 
-    def _run(self, operation: Operation) -> Any:
-        match operation:
-            case ResolveShape():
-                return self._resolve_shape(operation)
-            case CreateModel():
-                return self._create_model(operation)
-            case CreateBaseReference():
-                return self._create_base_reference(operation)
-            case UnloadModel():
-                return self._unload(operation.model_id)
-            case IdentifyModel():
-                base = self._model(operation.model_id).trainer.base
-                return ModelIdentity(weights_identity(base.network), numerics_identity(base))
-            case Forward():
-                return self._forward(operation)
-            case ForwardBackward():
-                return self._forward_backward(operation)
-            case Backward():
-                return self._backward(operation)
-            case ReleaseForward():
-                self._model(operation.model_id).retained.pop(operation.of, None)
-                return None
-            case OptimStep():
-                model = self._model(operation.model_id)
-                metrics = model.trainer.optim_step(operation.adam_params)
-                model.retained.clear()  # their log-probabilities are of weights that are gone
-                return OptimStepResponse(metrics)
-            case SaveWeights():
-                return self._save_weights(operation)
-            case Sample():
-                with self._model(operation.model_id).trainer.generating() as base:
-                    prompt, params = operation.prompt, operation.sampling_params
-                    return SampleResponse(sample(base, prompt, params, operation.num_samples))
-
-    def _resolve_shape(self, wanted: ResolveShape) -> TrainingShape:
-        devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-        if wanted.name is None:
-            return self._select(wanted, devices)
-        shape = self._catalog.shape(wanted.name)
-        modes = " or ".join(mode.value for mode in wanted.modes)
-        if shape.mode not in wanted.modes:
-            raise ModelError(f"training shape {shape.name} is a {shape.mode.value}; {modes} is needed here")
-        if shape.base_model not in ("*", wanted.base_model):
-            raise ModelError(
-                f"training shape {shape.name} is for {shape.base_model}, not for {wanted.base_model}"
-            )
-        if shape.device.split(":")[0] not in devices:
-            raise ModelError(
-                f"training shape {shape.name} needs a {shape.device} device; this machine has {devices}"
-            )
-        if wanted.min_context and shape.max_context_length and shape.max_context_length < wanted.min_context:
-            raise ModelError(
-                f"training shape {shape.name} takes {shape.max_context_length} tokens, {wanted.min_context} are wanted"
-            )
-        return shape
-
-    def _select(self, wanted: ResolveShape, devices: tuple[str, ...]) -> TrainingShape:
-        for mode in wanted.modes[:-1]:
-            try:
-                return self._catalog.select_shape(wanted.base_model, mode, wanted.min_context, devices)
-            except ModelError:
-                continue  # the next mode serves too; the last one's error is the answer
-        return self._catalog.select_shape(wanted.base_model, wanted.modes[-1], wanted.min_context, devices)
-
-    def _create_model(self, operation: CreateModel) -> ModelDescription:
-        owns_weights = operation.trainable and operation.lora is None
-        base = self._load(operation, owns_weights)
-        return self._host(base, operation)
-
-    def _load(self, operation: CreateModel, owns_weights: bool) -> BaseModel:
-        """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
-        shape = operation.shape
-        entry = self._catalog.resolve_model(operation.base_model)
-        folder = store.fetch(entry)
-        if owns_weights:
-            return load_base(operation.base_model, entry, folder, shape)
-        key = (str(folder), shape.device, shape.dtype)
-        if key not in self._shared_bases:
-            self._shared_bases[key] = load_base(operation.base_model, entry, folder, shape)
-        return on_shape(self._shared_bases[key], operation.base_model, shape)
-
-    def _create_base_reference(self, operation: CreateBaseReference) -> ModelDescription:
-        policy = self._model(operation.policy_id)
-        if not policy.description.lora_rank:
-            raise OperationError(
-                f"{operation.policy_id} trains all its weights; nothing of its base is left to share as a reference"
-            )
-        description = policy.description
-        return self._host(
-            policy.trainer.base, CreateModel(description.base_model, description.shape, trainable=False)
-        )
-
-    def _host(self, base: BaseModel, operation: CreateModel) -> ModelDescription:
-        model_id = f"model-{next(self._numbers)}"
-        description = ModelDescription(
-            model_id=model_id,
-            base_model=operation.base_model,
-            shape=operation.shape,
-            lora_rank=operation.lora.rank if operation.lora else 0,
-            max_context_length=base.max_context_length,
-            attention=base.attention,
-            trainable=operation.trainable,
-        )
-        trainer = Trainer(base, model_id, operation.lora, operation.trainable)
+    def _follow(self, operation: Operation, result: Any) -> None:
+        """A model's order begins with its creation and ends with its unloading."""
         with self._wake:
-            self._models[model_id] = HostedModel(description, trainer)
-            self._orders[model_id] = ModelOrder()
-        return description
-
-    def _unload(self, model_id: str) -> None:
-        trainer = self._model(model_id).trainer
-        trainer.unload()
-        with self._wake:
-            del self._models[model_id]
-            self._orders.pop(model_id).fail_held()
-        network = trainer.base.network
-        if all(model.trainer.base.network is not network for model in self._models.values()):
-            self._shared_bases = {k: b for k, b in self._shared_bases.items() if b.network is not network}
-
-    def _forward(self, operation: Forward) -> ForwardBackwardOutput:
-        model = self._model(operation.model_id)
-        loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
-        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
-        answer = _answer(model.trainer.forward(_sequences(model, operation.data), loss))
-        if operation.retain:
-            model.retained[operation.seq_id] = RetainedForward(operation.data, answer)
-        return answer
-
-    def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
-        model = self._model(operation.model_id)
-        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
-        loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
-        return _answer(model.trainer.forward_backward(_sequences(model, operation.data), loss))
-
-    def _backward(self, operation: Backward) -> ForwardBackwardOutput:
-        model = self._model(operation.model_id)
-        retained = model.retained.pop(operation.of, None)
-        if retained is None:
-            raise OperationError(
-                f"{operation_name(operation)}: forward seq {operation.of} is not kept: it was not sent with retain, "
-                f"its backward has run, or the weights have changed since"
-            )
-        shapes = [d.loss_fn_inputs["target_tokens"].shape for d in retained.data]
-        if shapes != [list(g.shape) for g in operation.dloss_dlogprob]:
-            raise OperationError(
-                f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
-            )
-        model.trainer.forward_backward(
-            _sequences(model, retained.data), linear_loss(operation.dloss_dlogprob)
-        )
-        return retained.answer
-
-    def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
-        model = self._model(operation.model_id)
-        if not model.description.trainable:
-            raise OperationError("save_weights: this model is a frozen reference; it only runs forward")
-        trainer, target = model.trainer, Path(operation.path)
-        if target.exists():
-            raise OperationError(f"save_weights: {target} exists already; name a folder that does not")
-        partial = target.with_name(f".partial-{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            trainer.write_weights(partial)
-            if not trainer.adapted:
-                store.copy_tokenizer(trainer.base.folder, partial)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return SaveWeightsResponse(str(target))
-
-    def _model(self, model_id: str) -> HostedModel:
-        if model_id not in self._models:
-            raise OperationError(self._no_model(model_id))
-        return self._models[model_id]
-
-    def _no_model(self, model_id: str) -> str:
-        return (
-            f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self._models) or 'none'}"
-        )
+            match operation:
+                case CreateModel() | CreateBaseReference():
+                    self._orders[result.model_id] = ModelOrder()
+                case UnloadModel():
+                    self._orders.pop(operation.model_id).fail_held()
+                case _:
+                    pass
 
 
 def _forget_frames(error: BaseException) -> None:
@@ -347,28 +126,3 @@ def _forget_frames(error: BaseException) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-
-
-def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
-    """A call's data as arrays, checked against the model, and its micro-batch plan."""
-    tokens = tuple(np.asarray(datum.model_input.to_ints(), dtype=np.int64) for datum in data)
-    targets = tuple(datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data)
-    vocabulary = model.trainer.base.vocabulary
-    for index, (read, scored) in enumerate(zip(tokens, targets, strict=True)):
-        if len(read) + 1 > model.description.max_context_length:
-            raise OperationError(
-                f"data[{index}]: {len(read)} input tokens and their last target exceed the "
-                f"{model.description.max_context_length} tokens of {model.description.base_model} on this shape"
-            )
-        lowest, highest = min(read.min(), scored.min()), max(read.max(), scored.max())
-        if lowest < 0 or highest >= vocabulary:
-            raise OperationError(
-                f"data[{index}]: token id {highest if highest >= vocabulary else lowest}; "
-                f"{model.description.base_model} knows 0 to {vocabulary - 1}"
-            )
-    return Sequences(tokens, targets, plan(tokens, TOKENS_PER_PASS))
-
-
-def _answer(scores: Scores) -> ForwardBackwardOutput:
-    outputs = [{"logprobs": TensorData(values, "float32")} for values in scores.logprobs]
-    return ForwardBackwardOutput(outputs, {"loss:sum": scores.loss})

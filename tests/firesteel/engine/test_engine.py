@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import make_datum, make_pairs
-from firesteel.engine import engine as engine_module
+from firesteel.engine import host as host_module
 from firesteel.engine.engine import Engine
 from firesteel.engine.ordering import KEPT_ANSWERS, KEPT_BYTES, ModelOrder
 from firesteel.sdk import (
@@ -246,14 +246,14 @@ def test_closing_fails_by_name_what_is_held_and_what_waits_and_lets_the_running_
 def test_closing_frees_the_models(llama_folder: str) -> None:
     engine = Engine()
     policy = create(engine, llama_folder)
-    network = weakref.ref(engine._models[policy].trainer.base.network)
+    network = weakref.ref(engine._host.models[policy].trainer.base.network)
     engine.close()
     gc.collect()
     assert network() is None
 
 
 def test_unloading_a_model_fails_what_it_held_and_frees_it(engine, policy, data) -> None:
-    network = weakref.ref(engine._models[policy].trainer.base.network)
+    network = weakref.ref(engine._host.models[policy].trainer.base.network)
     held = engine.submit(Forward(policy, 2, data))
     engine.submit(UnloadModel(policy)).result(60)
     assert isinstance(held.exception(60), ClosedError)
@@ -359,7 +359,7 @@ def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(
 def test_half_a_gradient_is_dropped_and_the_next_step_refused_once(
     engine, policy, llama_folder, monkeypatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", 16)
+    monkeypatch.setattr(host_module, "TOKENS_PER_PASS", 16)
     data = tuple(make_pairs(np.random.default_rng(1), 3))  # three passes
     calm = create(engine, llama_folder)
     failing_in_the_middle(monkeypatch, 2)
@@ -463,7 +463,7 @@ def test_two_policies_on_one_base_do_not_touch_each_other(engine, llama_folder, 
                 engine.submit(ForwardBackward(model, seq, batches[index]))
             for model in models.values():
                 engine.submit(OptimStep(model, seq + 1, SGD_LIKE))
-        assert len({id(engine._models[model].trainer.base.network) for model in models.values()}) == 1
+        assert len({id(engine._host.models[model].trainer.base.network) for model in models.values()}) == 1
         return [logprobs(engine, model, 7, batches[index]) for index, model in models.items()]
 
     for together, alone in zip(trained(0, 1), [*trained(0), *trained(1)], strict=True):
@@ -534,7 +534,7 @@ def test_memory_is_flat_over_thousands_of_operations(engine, policy) -> None:
     before = steps(1, 400)
     after = steps(401, 1600)
     assert len(order._held) == 0
-    assert len(engine._models[policy].retained) == 0
+    assert len(engine._host.models[policy].retained) == 0
     assert after - before < 16 * 2**20  # 10 KiB an operation
     with pytest.raises(OperationError, match="no longer kept"):
         engine.submit(OptimStep(policy, 2, SGD_LIKE))

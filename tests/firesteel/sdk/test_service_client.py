@@ -85,7 +85,7 @@ def train(client: TrainingClient, data: list[Datum]) -> None:
 
 
 def base_of(engine: Engine, client: TrainingClient) -> object:
-    return engine._models[client.model_id].trainer.base.network
+    return engine._host.models[client.model_id].trainer.base.network
 
 
 # The strategy
@@ -115,9 +115,9 @@ def test_the_engine_holds_the_models_that_the_strategy_asks_for(
 ) -> None:
     service = connect(lora_rank=rank, reference_training_shape_id=shape)
     policy = service.create_training_client()
-    assert len(engine._models) == 1
+    assert len(engine._host.models) == 1
     reference = service.create_reference_client()
-    assert len(engine._models) == models
+    assert len(engine._host.models) == models
     assert len({id(base_of(engine, client)) for client in (policy, reference)}) == loads
     assert not reference.description.trainable
     assert policy.description.lora_rank == rank
@@ -207,7 +207,7 @@ def test_a_policy_on_a_shape_of_another_kind_is_refused_naming_both(
 ) -> None:
     with pytest.raises(ModelError, match=rf"{shape} is a {has}; {needs} is needed"):
         connect(lora_rank=rank, training_shape_id=shape).create_training_client()
-    assert engine._models == {}
+    assert engine._host.models == {}
 
 
 def test_a_reference_runs_forward_only_or_as_a_lora_trainer_and_on_nothing_else(connect) -> None:
@@ -289,7 +289,7 @@ def test_lora_settings_reach_the_adapter(connect, data) -> None:
 
 def test_nothing_is_loaded_before_the_first_client(connect, engine) -> None:
     service = connect(lora_rank=2)
-    assert engine._models == {}
+    assert engine._host.models == {}
     assert service.trainer_job_id is None
     assert service.reference_trainer_job_id is None
     service.close()
@@ -316,7 +316,7 @@ def test_releasing_a_shared_reference_leaves_the_policy(connect, engine, data) -
     policy = service.create_training_client()
     service.create_reference_client()
     service.release_references()
-    assert list(engine._models) == [policy.model_id]
+    assert list(engine._host.models) == [policy.model_id]
     train(policy, data)
 
 
@@ -327,7 +327,7 @@ def test_closing_ends_everything_and_may_be_repeated(connect, engine, data) -> N
     service.close()
     service.close()
     assert engine._closed
-    assert engine._models == {}
+    assert engine._host.models == {}
     for client in (policy, reference):
         with pytest.raises(ClosedError):
             client.forward(data)
@@ -341,7 +341,7 @@ def test_without_cleanup_closing_leaves_the_policy_in_its_trainer(connect, engin
     service.create_reference_client()
     service.close()
     assert not engine._closed
-    assert list(engine._models) == [policy.model_id]
+    assert list(engine._host.models) == [policy.model_id]
     with pytest.raises(ClosedError):
         policy.forward(data)
 
@@ -359,7 +359,7 @@ def test_closing_raises_what_nobody_read_and_still_ends_everything(cleanup, conn
     for client in (failing, other, reference):
         with pytest.raises(ClosedError):
             client.forward(data)
-    assert set(engine._models) == (set() if cleanup else {failing.model_id, other.model_id})
+    assert set(engine._host.models) == (set() if cleanup else {failing.model_id, other.model_id})
     service.close()
 
 

@@ -108,7 +108,7 @@ def after_a_step(client: TrainingClient, data: list[Datum]) -> tuple[float, np.n
 
 def kept_forwards(engine: Engine, client: TrainingClient) -> int:
     client.identify().result()  # everything sent before has run
-    return len(engine._models[client.model_id].retained)
+    return len(engine._host.models[client.model_id].retained)
 
 
 # forward_backward_custom

@@ -1,0 +1,266 @@
+"""The models that an engine holds, and what each operation does to them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firesteel import store
+from firesteel.catalog import load_catalog
+from firesteel.engine.models import BaseModel, load_base, numerics_identity, on_shape, weights_identity
+from firesteel.engine.packing import plan
+from firesteel.engine.sampling import sample
+from firesteel.engine.trainer import Scores, Sequences, Trainer, built_in_loss, linear_loss
+from firesteel.sdk.errors import OperationError
+from firesteel.sdk.operations import (
+    Backward,
+    CreateBaseReference,
+    CreateModel,
+    Forward,
+    ForwardBackward,
+    IdentifyModel,
+    ModelDescription,
+    ModelIdentity,
+    Operation,
+    OptimStep,
+    ReleaseForward,
+    ResolveShape,
+    Sample,
+    SaveWeights,
+    UnloadModel,
+    operation_name,
+)
+from firesteel.sdk.types import (
+    Datum,
+    ForwardBackwardOutput,
+    OptimStepResponse,
+    SampleResponse,
+    SaveWeightsResponse,
+    TensorData,
+)
+from firesteel.sdk.validation import check_data
+
+# Tokens of one forward-backward pass. The logits of scored positions dominate its memory.
+TOKENS_PER_PASS = 1024
+
+
+@dataclass(frozen=True)
+class RetainedForward:
+    """What a `Backward` needs of the forward it belongs to."""
+
+    data: tuple[Datum, ...]
+    answer: ForwardBackwardOutput
+
+
+@dataclass
+class HostedModel:
+    """A model, its trainer, and forwards that a backward may follow."""
+
+    description: ModelDescription
+    trainer: Trainer
+    retained: dict[int, RetainedForward] = field(default_factory=dict)
+
+
+class Host:
+    """Runs one operation at a time. Knows no queue, no order and no thread.
+
+    A base network is loaded once per folder, device and dtype and shared by all that leave it frozen.
+    """
+
+    def __init__(self) -> None:
+        self._catalog = load_catalog()
+        self.models: dict[str, HostedModel] = {}
+        self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
+        self._numbers = itertools.count(1)
+
+    def run(self, operation: Operation) -> Any:
+        """The operation's result; raises its error."""
+        match operation:
+            case ResolveShape():
+                wanted = (operation.base_model, operation.modes, operation.min_context)
+                return self._catalog.resolve_shape(operation.name, *wanted, devices_found())
+            case CreateModel():
+                return self._create_model(operation)
+            case CreateBaseReference():
+                return self._create_base_reference(operation)
+            case UnloadModel():
+                return self._unload(operation.model_id)
+            case IdentifyModel():
+                base = self._model(operation.model_id).trainer.base
+                return ModelIdentity(weights_identity(base.network), numerics_identity(base))
+            case Forward():
+                return self._forward(operation)
+            case ForwardBackward():
+                return self._forward_backward(operation)
+            case Backward():
+                return self._backward(operation)
+            case ReleaseForward():
+                self._model(operation.model_id).retained.pop(operation.of, None)
+                return None
+            case OptimStep():
+                model = self._model(operation.model_id)
+                metrics = model.trainer.optim_step(operation.adam_params)
+                model.retained.clear()  # their log-probabilities are of weights that are gone
+                return OptimStepResponse(metrics)
+            case SaveWeights():
+                return self._save_weights(operation)
+            case Sample():
+                with self._model(operation.model_id).trainer.generating() as base:
+                    prompt, params = operation.prompt, operation.sampling_params
+                    return SampleResponse(sample(base, prompt, params, operation.num_samples))
+
+    def _create_model(self, operation: CreateModel) -> ModelDescription:
+        owns_weights = operation.trainable and operation.lora is None
+        base = self._load(operation, owns_weights)
+        return self._host(base, operation)
+
+    def _load(self, operation: CreateModel, owns_weights: bool) -> BaseModel:
+        """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
+        shape = operation.shape
+        entry = self._catalog.resolve_model(operation.base_model)
+        folder = store.fetch(entry)
+        if owns_weights:
+            return load_base(operation.base_model, entry, folder, shape)
+        key = (str(folder), shape.device, shape.dtype)
+        if key not in self._shared_bases:
+            self._shared_bases[key] = load_base(operation.base_model, entry, folder, shape)
+        return on_shape(self._shared_bases[key], operation.base_model, shape)
+
+    def _create_base_reference(self, operation: CreateBaseReference) -> ModelDescription:
+        policy = self._model(operation.policy_id)
+        if not policy.description.lora_rank:
+            raise OperationError(
+                f"{operation.policy_id} trains all its weights; nothing of its base is left to share as a reference"
+            )
+        description = policy.description
+        return self._host(
+            policy.trainer.base, CreateModel(description.base_model, description.shape, trainable=False)
+        )
+
+    def _host(self, base: BaseModel, operation: CreateModel) -> ModelDescription:
+        model_id = f"model-{next(self._numbers)}"
+        description = ModelDescription(
+            model_id=model_id,
+            base_model=operation.base_model,
+            shape=operation.shape,
+            lora_rank=operation.lora.rank if operation.lora else 0,
+            max_context_length=base.max_context_length,
+            attention=base.attention,
+            trainable=operation.trainable,
+        )
+        trainer = Trainer(base, model_id, operation.lora, operation.trainable)
+        self.models[model_id] = HostedModel(description, trainer)
+        return description
+
+    def _unload(self, model_id: str) -> None:
+        trainer = self._model(model_id).trainer
+        trainer.unload()
+        del self.models[model_id]
+        network = trainer.base.network
+        if all(model.trainer.base.network is not network for model in self.models.values()):
+            self._shared_bases = {k: b for k, b in self._shared_bases.items() if b.network is not network}
+
+    def _forward(self, operation: Forward) -> ForwardBackwardOutput:
+        model = self._model(operation.model_id)
+        loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
+        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
+        answer = _answer(model.trainer.forward(_sequences(model, operation.data), loss))
+        if operation.retain:
+            model.retained[operation.seq_id] = RetainedForward(operation.data, answer)
+        return answer
+
+    def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
+        model = self._model(operation.model_id)
+        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
+        loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
+        return _answer(model.trainer.forward_backward(_sequences(model, operation.data), loss))
+
+    def _backward(self, operation: Backward) -> ForwardBackwardOutput:
+        model = self._model(operation.model_id)
+        retained = model.retained.pop(operation.of, None)
+        if retained is None:
+            raise OperationError(
+                f"{operation_name(operation)}: forward seq {operation.of} is not kept: it was not sent with retain, "
+                f"its backward has run, or the weights have changed since"
+            )
+        shapes = [d.loss_fn_inputs["target_tokens"].shape for d in retained.data]
+        if shapes != [list(g.shape) for g in operation.dloss_dlogprob]:
+            raise OperationError(
+                f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
+            )
+        model.trainer.forward_backward(
+            _sequences(model, retained.data), linear_loss(operation.dloss_dlogprob)
+        )
+        return retained.answer
+
+    def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
+        model = self._model(operation.model_id)
+        if not model.description.trainable:
+            raise OperationError("save_weights: this model is a frozen reference; it only runs forward")
+        trainer, target = model.trainer, Path(operation.path)
+        if target.exists():
+            raise OperationError(f"save_weights: {target} exists already; name a folder that does not")
+        partial = target.with_name(f".partial-{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            trainer.write_weights(partial)
+            if not trainer.adapted:
+                store.copy_tokenizer(trainer.base.folder, partial)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return SaveWeightsResponse(str(target))
+
+    def _model(self, model_id: str) -> HostedModel:
+        if model_id not in self.models:
+            raise OperationError(self.no_model(model_id))
+        return self.models[model_id]
+
+    def no_model(self, model_id: str) -> str:
+        """What to say of a model that is not here."""
+        return (
+            f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self.models) or 'none'}"
+        )
+
+    def clear(self) -> None:
+        """Let go of every model."""
+        self.models.clear()
+        self._shared_bases.clear()
+
+
+def devices_found() -> tuple[str, ...]:
+    """The kinds of device of this machine, the preferred one first."""
+    return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
+    """A call's data as arrays, checked against the model, and its micro-batch plan."""
+    tokens = tuple(np.asarray(datum.model_input.to_ints(), dtype=np.int64) for datum in data)
+    targets = tuple(datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data)
+    vocabulary = model.trainer.base.vocabulary
+    for index, (read, scored) in enumerate(zip(tokens, targets, strict=True)):
+        if len(read) + 1 > model.description.max_context_length:
+            raise OperationError(
+                f"data[{index}]: {len(read)} input tokens and their last target exceed the "
+                f"{model.description.max_context_length} tokens of {model.description.base_model} on this shape"
+            )
+        lowest, highest = min(read.min(), scored.min()), max(read.max(), scored.max())
+        if lowest < 0 or highest >= vocabulary:
+            raise OperationError(
+                f"data[{index}]: token id {highest if highest >= vocabulary else lowest}; "
+                f"{model.description.base_model} knows 0 to {vocabulary - 1}"
+            )
+    return Sequences(tokens, targets, plan(tokens, TOKENS_PER_PASS))
+
+
+def _answer(scores: Scores) -> ForwardBackwardOutput:
+    outputs = [{"logprobs": TensorData(values, "float32")} for values in scores.logprobs]
+    return ForwardBackwardOutput(outputs, {"loss:sum": scores.loss})
