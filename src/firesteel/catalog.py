@@ -150,7 +150,8 @@ class Catalog:
             )
             if reason is None:
                 return shape
-            needed = f"{' or '.join(modes)} for {base_model!r} with {min_context or 0} tokens on {' or '.join(devices)}"
+            tokens = f" with {min_context} tokens" if min_context else ""
+            needed = f"{' or '.join(modes)} for {base_model!r}{tokens} on {' or '.join(devices)}"
             raise ModelError(f"training shape {shape.name!r} {reason}; needed here: {needed}")
         for mode in modes[:-1]:
             try:

@@ -205,7 +205,7 @@ def test_each_model_has_the_context_of_its_own_shape_even_on_one_base(connect, e
 def test_a_policy_on_a_shape_of_another_kind_is_refused_naming_both(
     rank, shape, has, needs, connect, engine
 ) -> None:
-    with pytest.raises(ModelError, match=rf"{shape} is a {has}; {needs} is needed"):
+    with pytest.raises(ModelError, match=rf"'{shape}' is a {has}; needed here: {needs} for"):
         connect(lora_rank=rank, training_shape_id=shape).create_training_client()
     assert engine._host.models == {}
 
@@ -217,7 +217,7 @@ def test_a_reference_runs_forward_only_or_as_a_lora_trainer_and_on_nothing_else(
         assert service.create_reference_client().description.shape.name == shape
     service = connect(lora_rank=2, reference_training_shape_id="policy-small")
     with pytest.raises(
-        ModelError, match="policy-small is a POLICY_TRAINER; FORWARD_ONLY or LORA_TRAINER is needed"
+        ModelError, match="'policy-small' is a POLICY_TRAINER; needed here: FORWARD_ONLY or LORA_TRAINER for"
     ):
         service.create_reference_client()
 
@@ -225,9 +225,11 @@ def test_a_reference_runs_forward_only_or_as_a_lora_trainer_and_on_nothing_else(
 def test_a_shape_of_another_model_too_small_a_one_and_an_unknown_one_are_refused(
     connect, llama_folder
 ) -> None:
-    with pytest.raises(ModelError, match=f"somebody-elses is for other, not for {llama_folder}"):
+    with pytest.raises(
+        ModelError, match=f"'somebody-elses' is for 'other'; needed here: LORA_TRAINER for '{llama_folder}'"
+    ):
         connect(lora_rank=2, training_shape_id="somebody-elses").create_training_client()
-    with pytest.raises(ModelError, match="lora-small takes 64 tokens, 65 are wanted"):
+    with pytest.raises(ModelError, match="'lora-small' holds 64 tokens; needed here: .* with 65 tokens"):
         connect(lora_rank=2, training_shape_id="lora-small", max_context_length=65).create_training_client()
     with pytest.raises(ModelError, match=r"lora-smal' is not in the catalogue.*lora-small"):
         connect(lora_rank=2, training_shape_id="lora-smal").create_training_client()
