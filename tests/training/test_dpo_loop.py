@@ -69,6 +69,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_exports(tmp_path: Path, 
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[-1] < 0.9 * losses[0]
     assert summary.before["margin"] == pytest.approx(0, abs=1e-4)
+    assert (summary.before["accuracy"], summary.before["tie_rate"]) == (0, 1)
     assert summary.after["margin"] > 0
     assert summary.after["accuracy"] == 1
     assert {path.name for path in run.iterdir()} == {

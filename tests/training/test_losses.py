@@ -188,6 +188,11 @@ def test_metrics_of_a_table_worked_out_by_hand() -> None:
     assert metrics == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_margin_of_rounding_size_is_a_tie_and_neither_right_nor_wrong() -> None:
+    metrics = preference_metrics(scores([5e-4, -5e-4, 2e-3, -2e-3]), DpoObjective(0.1))
+    assert (metrics["accuracy"], metrics["tie_rate"]) == (0.25, 0.5)
+
+
 def test_counts_that_do_not_match_are_refused() -> None:
     rows = logprobs_of([pair()], np.random.default_rng(4))
     with pytest.raises(ValueError, match="1 pairs, 1 log-probability rows, 1 references"):

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from training.utils.pairs import PreferencePair
 
 
+# Margins this near 0 (in nats) are ties. Policy and reference are computed in batches of other composition,
+# which moves a sum of some hundred float32 log-probabilities by about 1e-5: before training, a strict "> 0"
+# would toss a coin.
+TIE = 1e-3
+
+
 @dataclass(frozen=True)
 class PairLogprobs:
     """Reference log-probabilities of one pair's scored tokens, in order: those whose weight is not 0."""
@@ -120,7 +126,7 @@ class DpoObjective:
 
 
 def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str, float]:
-    """Means over N pairs, by the guide's names and TRL's. A margin of exactly 0 counts as a tie, not as correct.
+    """Means over N pairs, by the guide's names and TRL's. A tie does not count as correct, see `TIE`.
 
     `policy_preference` is the share of pairs whose chosen response has the higher mean log-probability per
     token under the policy itself, without the reference.
@@ -130,12 +136,12 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
     means = {
         "dpo_loss": objective.per_pair(scores),
         "margin": margin,
-        "accuracy": (margin > 0).double(),
-        "tie_rate": (margin == 0).double(),
+        "accuracy": (margin > TIE).double(),
+        "tie_rate": (margin.abs() <= TIE).double(),
         "rewards/chosen": beta * scores.delta_chosen,
         "rewards/rejected": beta * scores.delta_rejected,
         "rewards/margins": beta * margin,
-        "rewards/accuracies": (margin > 0).double(),
+        "rewards/accuracies": (margin > TIE).double(),
         "logps/chosen": scores.policy_chosen,
         "logps/rejected": scores.policy_rejected,
         "delta_logp/chosen": scores.delta_chosen,

@@ -229,7 +229,7 @@ def test_a_shape_of_another_model_too_small_a_one_and_an_unknown_one_are_refused
         ModelError, match=f"'somebody-elses' is for 'other'; needed here: LORA_TRAINER for '{llama_folder}'"
     ):
         connect(lora_rank=2, training_shape_id="somebody-elses").create_training_client()
-    with pytest.raises(ModelError, match="'lora-small' holds 64 tokens; needed here: .* with 65 tokens"):
+    with pytest.raises(ModelError, match=r"'lora-small' holds 64 tokens; needed here: .* with 65 tokens"):
         connect(lora_rank=2, training_shape_id="lora-small", max_context_length=65).create_training_client()
     with pytest.raises(ModelError, match=r"lora-smal' is not in the catalogue.*lora-small"):
         connect(lora_rank=2, training_shape_id="lora-smal").create_training_client()
