@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firesteel.sdk import TrainingClient
+from firesteel.sdk import DataError, TrainingClient
 from training.utils import DpoObjective, ReconnectableClient, build_service_client
 from training.utils.evaluation import evaluate, greedy_answers, split_by_prompt
 from training.utils.losses import PairLogprobs
@@ -27,10 +27,15 @@ def prompt_of(pair: PreferencePair) -> int:
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0, 0.9), st.integers(0, 5))
 def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], fraction: float, seed: int) -> None:
     pairs = [make_pair(prompt, line) for line, prompt in enumerate(prompts)]
+    if fraction and len(set(prompts)) < 2:
+        with pytest.raises(DataError, match="eval_fraction: all pairs have one prompt"):
+            split_by_prompt(pairs, fraction, seed)
+        return
     split = split_by_prompt(pairs, fraction, seed)
+    assert split.train
     assert {prompt_of(p) for p in split.train}.isdisjoint(prompt_of(p) for p in split.heldout)
     assert sorted(p.line for p in (*split.train, *split.heldout)) == list(range(len(pairs)))
-    assert len(split.heldout) >= fraction * len(pairs)
+    assert len(split.heldout) >= fraction * len(pairs) or len({prompt_of(p) for p in split.train}) == 1
     for side in (split.train, split.heldout):
         assert [p.line for p in side] == sorted(p.line for p in side)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firesteel.sdk import ConfigError
-from training.utils.schedules import Schedule, epoch_order
+from training.utils.schedules import Epochs, Schedule, epoch_order
 
 BASE, TOTAL = 3e-5, 40
 
@@ -155,3 +155,13 @@ def test_the_order_of_a_seed_never_changes() -> None:
     # Runs are resumed by seed: another order here would make them visit rows twice.
     assert epoch_order(8, 0, 0, shuffle=True).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
     assert epoch_order(8, 0, 1, shuffle=True).tolist() == [1, 3, 7, 6, 0, 4, 2, 5]
+
+
+def test_batches_visit_every_row_once_an_epoch_in_its_order() -> None:
+    epochs = Epochs(count=5, batch_size=2, epochs=3, seed=1, shuffle=True)
+    batches = list(epochs.batches())
+    assert [batch.step for batch in batches] == list(range(1, epochs.total_steps + 1)) == list(range(1, 10))
+    assert [len(batch.rows) for batch in batches] == [2, 2, 1] * 3
+    for epoch in (1, 2, 3):
+        rows = [row for batch in batches if batch.epoch == epoch for row in batch.rows]
+        assert rows == epoch_order(5, 1, epoch - 1, shuffle=True).tolist()

@@ -12,9 +12,8 @@ Not here: other losses, ranked lists, checkpoints and resume.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,11 +29,11 @@ from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
 from training.utils.metrics import MetricsLog
 from training.utils.pairs import PreferencePair, render_pairs, write_row_outcomes
 from training.utils.preference_data import read_preferences
-from training.utils.progress import Bar, Display
+from training.utils.progress import Display, Stage
 from training.utils.reference_cache import ReferenceCache
 from training.utils.rendering import Renderer, load_tokenizer
 from training.utils.run_folder import RunFolder
-from training.utils.schedules import Schedule, epoch_order
+from training.utils.schedules import Batch, Epochs, Schedule
 from training.utils.service import build_service_client
 
 
@@ -171,9 +170,10 @@ class Run:
         return DpoObjective(self.config.beta, self.config.label_smoothing)
 
     @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.config.epochs * math.ceil(len(self.split.train) / self.config.batch_size)
+    def epochs(self) -> Epochs:
+        """The order of the training pairs."""
+        config = self.config
+        return Epochs(len(self.split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
 
 def read_pairs(config: Config, renderer: Renderer, run: RunFolder, display: Display) -> Split:
@@ -227,25 +227,25 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
 
     before = evaluate_heldout(run, policy, heldout_references, step=0)
     answers_before = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
-    with run.display.bar("training", config.epochs * len(split.train)) as bar:
-        for batch in batches(run):
+    epochs = run.epochs
+    with run.display.bar(Stage("training", config.epochs * len(split.train))) as bar:
+        for batch in epochs.batches():
             metrics = train_step(run, policy, batch, train_references)
-            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]))
-            report_step(run, batch.step, metrics, bar)
+            run.metrics.log(batch.step, metrics)
+            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]), step_line(batch, epochs, metrics))
             if (
                 config.eval_interval
-                and batch.step % config.eval_interval == 0
-                and batch.step < run.total_steps
+                and batch.step % config.eval_interval == 0 < epochs.total_steps - batch.step
             ):
                 evaluate_heldout(run, policy, heldout_references, batch.step)
-        trained = f"{run.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
+        trained = f"{epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
     run.display.say(f"trained: {trained}")
-    after = evaluate_heldout(run, policy, heldout_references, run.total_steps)
+    after = evaluate_heldout(run, policy, heldout_references, epochs.total_steps)
     answers_after = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
     show_answers(run, answers_before, answers_after)
     export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
     run.display.say(f"exported: {export}")
-    return RunSummary(run.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
+    return RunSummary(epochs.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
 
 
 def check_lengths(split: Split, longest: int) -> None:
@@ -267,16 +267,8 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
     path = home() / "reference_cache.sqlite"
     cache = ReferenceCache(path, reference.identify(), run.renderer.identity)
     started = time.monotonic()
-    with run.display.bar("reference", len(pairs)) as bar:
-
-        def advance(done: int) -> None:
-            bar.advance(done)
-            if bar.due(seconds=10) and bar.pairs < len(pairs):
-                run.display.say(
-                    f"reference {bar.pairs}/{len(pairs)}  {bar.rate()}  {bar.time_left():.0f} s left"
-                )
-
-        references, statistics = cache.fill(pairs, reference, advance, run.config.seed)
+    with run.display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar:
+        references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
     cache.close()
     run.display.say(
         f"reference: {len(pairs)} pairs, {statistics.hits} from the cache, {statistics.computed} computed "
@@ -288,25 +280,6 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
     return references, job_id
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The pairs of one optimizer step, by their places in the training set."""
-
-    step: int
-    epoch: int
-    rows: Sequence[int]
-
-
-def batches(run: Run) -> Iterator[Batch]:
-    """All steps of the run, from 1; epochs from 1."""
-    config, count, step = run.config, len(run.split.train), 0
-    for epoch in range(config.epochs):
-        order = epoch_order(count, config.seed, epoch, config.shuffle)
-        for start in range(0, count, config.batch_size):
-            step += 1
-            yield Batch(step, epoch + 1, order[start : start + config.batch_size].tolist())
-
-
 def train_step(
     run: Run, policy: ReconnectableClient, batch: Batch, references: Sequence[PairLogprobs]
 ) -> dict[str, float]:
@@ -314,7 +287,7 @@ def train_step(
     config, started = run.config, time.monotonic()
     pairs = [run.split.train[row] for row in batch.rows]
     loss = make_dpo_loss(pairs, [references[row] for row in batch.rows], run.objective)
-    rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.total_steps)
+    rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
     result = policy.forward_backward_custom([datum for pair in pairs for datum in pair.datums], loss)
     adam = AdamParams(
         rate,
@@ -334,15 +307,12 @@ def train_step(
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
-def report_step(run: Run, step: int, metrics: dict[str, float], bar: Bar) -> None:
-    """One line for programs always; one for people now and then, where no bar is seen."""
-    run.metrics.log(step, metrics)
-    if bar.due(seconds=5):
-        run.display.say(
-            f"step {step}/{run.total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
-            f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}  "
-            f"{bar.rate()}  {bar.time_left():.0f} s left"
-        )
+def step_line(batch: Batch, epochs: Epochs, metrics: dict[str, float]) -> str:
+    """What is shown of a step where there is no bar."""
+    return (
+        f"step {batch.step}/{epochs.total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
+        f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}"
+    )
 
 
 def evaluate_heldout(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firesteel.sdk import SamplingParams
+from firesteel.sdk import DataError, SamplingParams
 from training.utils.client import ReconnectableClient
 from training.utils.losses import DpoObjective, PairLogprobs, preference_metrics, score_pairs
 from training.utils.pairs import PreferencePair
@@ -23,14 +23,22 @@ class Split:
 
 
 def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int) -> Split:
-    """Hold out at least `fraction` of the pairs, whole prompts at a time, drawn by `seed`; both keep their order."""
+    """Hold out `fraction` of the pairs or a little more, whole prompts at a time, drawn by `seed`.
+
+    Both sides keep their order. Raises `DataError` where there is only one prompt.
+    """
     by_prompt: dict[bytes, list[int]] = {}
     for index, pair in enumerate(pairs):
         prompt = pair.chosen.model_input.to_ints()[: pair.prompt_len]
         by_prompt.setdefault(np.asarray(prompt, dtype="<i8").tobytes(), []).append(index)
     groups = list(by_prompt.values())
     held: set[int] = set()
-    for group in np.random.default_rng(seed).permutation(len(groups)):
+    if fraction and len(groups) < 2:
+        raise DataError(
+            "eval_fraction: all pairs have one prompt, so none can be held out; give eval_dataset"
+        )
+    # The last group drawn stays in training, whatever the fraction.
+    for group in np.random.default_rng(seed).permutation(len(groups))[:-1]:
         if len(held) >= fraction * len(pairs):
             break
         held.update(groups[group])

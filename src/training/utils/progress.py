@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: its name, its pairs, and how often it prints a line where there is no terminal."""
+
+    label: str
+    total: int
+    seconds_between_lines: float = 0.0
+
+
 class Bar:
-    """One stage of known length, counted in pairs."""
+    """One stage of known length, counted in pairs. Where nobody watches, lines take the bar's place."""
 
-    def __init__(self, label: str, total: int, terminal: Progress | None) -> None:
-        self._label = label
-        self._total = total
+    def __init__(self, stage: Stage, terminal: Progress | None, say: Callable[[str], None]) -> None:
+        self._stage = stage
         self._terminal = terminal
-        self._task: TaskID | None = terminal.add_task(label, total=total, rate="") if terminal else None
+        self._say = say
+        self._task: TaskID | None = None
+        if terminal:
+            self._task = terminal.add_task(stage.label, total=stage.total, rate="")
         self._started = self._said = time.monotonic()
-        self.pairs = 0
         self._tokens = 0
+        self.pairs = 0
 
-    def advance(self, pairs: int, tokens: int = 0) -> None:
-        """Count work done; the rates and the time left follow from it."""
+    def advance(self, pairs: int, tokens: int = 0, note: str = "") -> None:
+        """Count work done; the rates and the time left follow from it. `note` says more, where lines are shown."""
         self.pairs += pairs
         self._tokens += tokens
+        now = time.monotonic()
         if self._terminal is not None and self._task is not None:
             self._terminal.update(self._task, completed=self.pairs, rate=self.rate())
+        elif now - self._said >= self._stage.seconds_between_lines:
+            self._said = now
+            done = note or f"{self._stage.label} {self.pairs}/{self._stage.total}"
+            self._say(f"{done}  {self.rate()}  {self._time_left():.0f} s left")
 
     def rate(self) -> str:
         """`3.1 pairs/s · 402 tokens/s`, since the stage began."""
@@ -36,18 +53,10 @@ class Bar:
         tokens = f" · {self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
         return f"{self.pairs / elapsed:.1f} pairs/s{tokens}"
 
-    def time_left(self) -> float:
+    def _time_left(self) -> float:
         """Seconds, if it goes on like this."""
         elapsed = time.monotonic() - self._started
-        return elapsed / max(self.pairs, 1) * (self._total - self.pairs)
-
-    def due(self, seconds: float) -> bool:
-        """Whether nothing was printed for so long, where there is no terminal; true at the end."""
-        now = time.monotonic()
-        if self._terminal is not None or (now - self._said < seconds and self.pairs < self._total):
-            return False
-        self._said = now
-        return True
+        return elapsed / max(self.pairs, 1) * (self._stage.total - self.pairs)
 
 
 class Display:
@@ -68,10 +77,10 @@ class Display:
         self._console.print(line, markup=False)
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Bar]:
+    def bar(self, stage: Stage) -> Iterator[Bar]:
         """A stage; on a terminal its bar disappears when the stage ends."""
         if not self.is_terminal:
-            yield Bar(label, total, None)
+            yield Bar(stage, None, self.say)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -83,4 +92,4 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as terminal:
-            yield Bar(label, total, terminal)
+            yield Bar(stage, terminal, self.say)

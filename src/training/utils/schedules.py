@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -70,3 +72,37 @@ def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> IntArray:
     if not shuffle:
         return np.arange(count, dtype=np.int64)
     return np.random.default_rng([seed, epoch]).permutation(count).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimizer step, by their places in the training set; steps and epochs count from 1."""
+
+    step: int
+    epoch: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Every batch of a run, as a pure function of these numbers."""
+
+    count: int
+    batch_size: int
+    epochs: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; a last, smaller batch of an epoch is one."""
+        return self.epochs * math.ceil(self.count / self.batch_size)
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches in order."""
+        step = 0
+        for epoch in range(self.epochs):
+            order = epoch_order(self.count, self.seed, epoch, self.shuffle).tolist()
+            for start in range(0, self.count, self.batch_size):
+                step += 1
+                yield Batch(step, epoch + 1, tuple(order[start : start + self.batch_size]))
