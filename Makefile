@@ -22,7 +22,7 @@ $(VENV)/.installed-slow: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,slow]'
 	@touch $@
 
-demo: setup ## Train a real 135M chat model on preferences and compare it before and after (about 6 minutes)
+demo: setup ## Train a real 135M chat model on preferences and compare it before and after (about 4 minutes)
 	$(BIN)/python examples/demo.py
 
 test: setup ## Run the fast tests
