@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := src tests examples benchmarks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -32,14 +33,14 @@ test-slow: $(VENV)/.installed-slow ## Run the tests with the real model and fore
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 check: setup ## Format, lint, types, layers
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
 format: setup ## Format the code and mend what lint can mend
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 bench: setup ## Time the reference pass and the training step on this machine
 	$(BIN)/python benchmarks/step.py
