@@ -163,6 +163,7 @@ def test_bad_rows_stop_the_run_before_a_model_is_looked_for(tmp_path: Path) -> N
         file.write('{"prompt": []}\n')
     with pytest.raises(DataError, match=r"pairs\.jsonl:7"):
         main(settings)
+    assert not (tmp_path / "run").exists()  # an earlier run in it would have been left alone
     (tmp_path / "good").mkdir()
     with pytest.raises(ModelError, match="no-such-model"):
         main(config(tmp_path / "good", base_model="no-such-model", tokenizer_model="tiny-llama"))

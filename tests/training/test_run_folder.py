@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from firesteel.sdk import ConfigError
 from training.utils.run_folder import RunFolder
 
 
@@ -27,6 +30,12 @@ def test_a_gap_in_the_numbers_is_never_filled(tmp_path: Path) -> None:
     (tmp_path / "previous-old").mkdir()
     RunFolder.start(str(tmp_path), {})
     assert RunFolder.start(str(tmp_path), {})[1] == tmp_path / "previous-8"
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused_by_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"log_path: .*file/run: .*can be written to"):
+        RunFolder.start(str(tmp_path / "file/run"), {})
 
 
 def test_the_folder_is_made_with_its_parents(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Split, evaluate, greedy_answers, split_by_prompt
 from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
 from training.utils.metrics import MetricsLog
-from training.utils.pairs import PreferencePair, render_pairs, write_row_outcomes
-from training.utils.preference_data import read_preferences
+from training.utils.pairs import RenderedPairs, render_pairs, write_row_outcomes
+from training.utils.preference_data import PreferenceFile, read_preferences
 from training.utils.progress import Display, Stage
 from training.utils.reference_cache import ReferenceCache
 from training.utils.rendering import Renderer, load_tokenizer
@@ -140,11 +140,20 @@ class RunSummary:
 def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
+    renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
+    train_rows = read_rows(config.dataset, config.max_pairs, config, renderer)
+    heldout_rows = read_rows(config.eval_dataset, None, config, renderer) if config.eval_dataset else None
+    if heldout_rows:
+        split = Split(train_rows.rendered.pairs, heldout_rows.rendered.pairs)
+    else:
+        split = split_by_prompt(train_rows.rendered.pairs, config.eval_fraction, config.seed)
+
     run, previous = RunFolder.start(config.log_path, config.model_dump(mode="json"))
     if previous:
         display.say(f"{config.log_path} held an earlier run: moved to {previous}")
-    renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
-    split = read_pairs(config, renderer, run, display)
+    for rows in filter(None, (train_rows, heldout_rows)):
+        write_row_outcomes(run.bad_rows, rows.file.path, rows.rendered.dropped)
+        display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.rendered.dropped else ""))
     metrics = MetricsLog(run.metrics, config.wandb, config.model_dump(mode="json"))
     try:
         with build_service(config) as service:
@@ -176,17 +185,23 @@ class Run:
         return Epochs(len(self.split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
 
-def read_pairs(config: Config, renderer: Renderer, run: RunFolder, display: Display) -> Split:
-    """Read, render and split the rows; say and list what is not used."""
-    train = _read(config.dataset, config.max_pairs, config, renderer, run, display)
-    if not config.eval_dataset:
-        return split_by_prompt(train, config.eval_fraction, config.seed)
-    return Split(train, _read(config.eval_dataset, None, config, renderer, run, display))
+@dataclass(frozen=True)
+class Rows:
+    """A data file as it was read, and the pairs made of it."""
+
+    file: PreferenceFile
+    rendered: RenderedPairs
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.file.path}: {self.file.rows} rows of the form {self.file.format}: {self.rendered.summary}"
+        )
 
 
-def _read(
-    path: str, max_pairs: int | None, config: Config, renderer: Renderer, run: RunFolder, display: Display
-) -> tuple[PreferencePair, ...]:
+def read_rows(path: str, max_pairs: int | None, config: Config, renderer: Renderer) -> Rows:
+    """Read and render every row of a file, before anything is written or loaded."""
     file = read_preferences(path, config.on_bad_row)
     rendered = render_pairs(
         file,
@@ -196,10 +211,7 @@ def _read(
         on_bad_row=config.on_bad_row,
         max_pairs=max_pairs,
     )
-    write_row_outcomes(run.bad_rows, path, rendered.dropped)
-    listed = f" (listed in {run.bad_rows})" if rendered.dropped else ""
-    display.say(f"{path}: {file.rows} rows of the form {file.format}: {rendered.summary}{listed}")
-    return rendered.pairs
+    return Rows(file, rendered)
 
 
 def build_service(config: Config) -> ServiceClient:

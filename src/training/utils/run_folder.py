@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from firesteel.sdk.errors import ConfigError
+
 # What a run writes. Only these are moved out of the way; other files in the folder are the user's.
 RUN_FILES = ("config.json", "metrics.jsonl", "bad_rows.jsonl", "samples.jsonl", "adapter", "model", "wandb")
 
@@ -24,12 +26,18 @@ class RunFolder:
     def start(cls, log_path: str, config: dict[str, Any]) -> tuple[RunFolder, Path | None]:
         """Make the folder and write `config.json`; an earlier run's files move to `previous-<n>/`.
 
-        Returns the folder and where the earlier run went, None if there was none. Nothing is deleted.
+        Returns the folder and where the earlier run went, None if there was none. Nothing is deleted. Raises
+        `ConfigError` for a folder that cannot be written to.
         """
         path = Path(log_path)
-        path.mkdir(parents=True, exist_ok=True)
-        previous = _move_earlier_run(path)
-        (path / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            previous = _move_earlier_run(path)
+            (path / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"log_path: {log_path}: {error}; name a folder that can be written to"
+            ) from error
         return cls(path), previous
 
     def export_path(self, adapter: bool) -> Path:
