@@ -24,6 +24,7 @@ $(VENV)/.installed-slow: $(VENV)/.installed
 	@touch $@
 
 demo: setup ## Train a real 135M chat model on preferences and compare it before and after (about 4 minutes)
+	$(BIN)/firesteel models pull smollm2-135m-instruct
 	$(BIN)/python examples/demo.py
 
 test: setup ## Run the fast tests

@@ -28,7 +28,7 @@ from training.utils.evaluation import Split, evaluate, greedy_answers, split_by_
 from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
 from training.utils.metrics import MetricsLog
 from training.utils.pairs import RenderedPairs, render_pairs, write_row_outcomes
-from training.utils.preference_data import PreferenceFile, read_preferences
+from training.utils.preference_data import read_preferences
 from training.utils.progress import Display, Stage
 from training.utils.reference_cache import ReferenceCache
 from training.utils.rendering import Renderer, load_tokenizer
@@ -144,16 +144,16 @@ def main(config: Config) -> RunSummary:
     train_rows = read_rows(config.dataset, config.max_pairs, config, renderer)
     heldout_rows = read_rows(config.eval_dataset, None, config, renderer) if config.eval_dataset else None
     if heldout_rows:
-        split = Split(train_rows.rendered.pairs, heldout_rows.rendered.pairs)
+        split = Split(train_rows.pairs, heldout_rows.pairs)
     else:
-        split = split_by_prompt(train_rows.rendered.pairs, config.eval_fraction, config.seed)
+        split = split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
 
     run, previous = RunFolder.start(config.log_path, config.model_dump(mode="json"))
     if previous:
         display.say(f"{config.log_path} held an earlier run: moved to {previous}")
     for rows in filter(None, (train_rows, heldout_rows)):
-        write_row_outcomes(run.bad_rows, rows.file.path, rows.rendered.dropped)
-        display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.rendered.dropped else ""))
+        write_row_outcomes(run.bad_rows, rows.file.path, rows.dropped)
+        display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.dropped else ""))
     metrics = MetricsLog(run.metrics, config.wandb, config.model_dump(mode="json"))
     try:
         with build_service(config) as service:
@@ -185,33 +185,16 @@ class Run:
         return Epochs(len(self.split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A data file as it was read, and the pairs made of it."""
-
-    file: PreferenceFile
-    rendered: RenderedPairs
-
-    @property
-    def summary(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.file.path}: {self.file.rows} rows of the form {self.file.format}: {self.rendered.summary}"
-        )
-
-
-def read_rows(path: str, max_pairs: int | None, config: Config, renderer: Renderer) -> Rows:
+def read_rows(path: str, max_pairs: int | None, config: Config, renderer: Renderer) -> RenderedPairs:
     """Read and render every row of a file, before anything is written or loaded."""
-    file = read_preferences(path, config.on_bad_row)
-    rendered = render_pairs(
-        file,
+    return render_pairs(
+        read_preferences(path, config.on_bad_row),
         renderer,
         max_seq_len=config.max_seq_len,
         truncate=config.truncate,
         on_bad_row=config.on_bad_row,
         max_pairs=max_pairs,
     )
-    return Rows(file, rendered)
 
 
 def build_service(config: Config) -> ServiceClient:

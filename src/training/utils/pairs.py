@@ -79,15 +79,17 @@ class RowOutcome:
 class RenderedPairs:
     """The pairs of a file in its order, and every row that was refused, dropped or shortened."""
 
+    file: PreferenceFile
     pairs: tuple[PreferencePair, ...]
     dropped: tuple[RowOutcome, ...]
 
     @property
     def summary(self) -> str:
-        """`551 pairs; 3 dropped, 38 refused`."""
+        """`pairs.jsonl: 592 rows of the form messages: 551 pairs; 3 dropped, 38 refused`."""
         counts = Counter(row.outcome for row in self.dropped)
         lost = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        return f"{len(self.pairs)} pairs" + (f"; {lost}" if lost else "")
+        read = f"{self.file.path}: {self.file.rows} rows of the form {self.file.format}"
+        return f"{read}: {len(self.pairs)} pairs" + (f"; {lost}" if lost else "")
 
 
 def build_dpo_datums(
@@ -162,7 +164,7 @@ def render_pairs(
     outcomes.sort(key=lambda outcome: outcome.line)
     if not pairs:
         raise DataError(_nothing_left(file, outcomes))
-    return RenderedPairs(tuple(pairs), tuple(outcomes))
+    return RenderedPairs(file, tuple(pairs), tuple(outcomes))
 
 
 def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
