@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from firesteel.sdk import DataError, Datum, ForwardBackwardOutput, ServiceClient, TrainingClient
+from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, ServiceClient, TrainingClient
 from firesteel.sdk.operations import ModelIdentity
 from training.utils import reference_cache
 from training.utils.losses import PairLogprobs
@@ -172,6 +172,12 @@ def test_a_file_that_is_no_cache_is_refused(setting: Setting, content: bytes, me
     setting.path.parent.mkdir()
     setting.path.write_bytes(content)
     with pytest.raises(DataError, match=message):
+        setting.fill()
+
+
+def test_a_home_that_cannot_be_written_to_is_named(setting: Setting) -> None:
+    setting.path.parent.write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match="set FIRESTEEL_HOME to a writable folder"):
         setting.fill()
 
 

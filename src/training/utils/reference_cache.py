@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from firesteel.sdk import DataError, Datum, ForwardBackwardOutput
+from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput
 from firesteel.sdk.operations import ModelIdentity
 from firesteel.sdk.types import FloatArray
 from training.utils.losses import PairLogprobs
@@ -64,14 +64,21 @@ class ReferenceCache:
     """One SQLite file shared by all runs, seen through one reference's identity."""
 
     def __init__(self, path: Path, identity: ModelIdentity, tokenizer_identity: str) -> None:
-        """Open or create the file. Raises `DataError` if it is not a cache of this version."""
+        """Open or create the file.
+
+        Raises `DataError` if it is not a cache of this version, `ConfigError` if its folder cannot be made.
+        """
         scope = f"{identity.weights} {identity.numerics} {tokenizer_identity}"
         self._scope = hashlib.sha256(scope.encode()).digest()
         self._tolerance = TOLERANCE[identity.numerics.split()[0]]
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
+        except OSError as error:
+            raise ConfigError(
+                f"reference cache {path}: {error}; set FIRESTEEL_HOME to a writable folder"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise DataError(
                 f"reference cache {path}: {error}; move the file away, it will be rebuilt"
