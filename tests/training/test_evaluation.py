@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from firesteel.sdk import DataError, TrainingClient
 from training.utils import DpoObjective, ReconnectableClient, build_service_client
-from training.utils.evaluation import evaluate, greedy_answers, split_by_prompt
+from training.utils.evaluation import Answers, evaluate, split_by_prompt
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import PreferencePair, build_dpo_datums
 from training.utils.rendering import Renderer, load_tokenizer
@@ -69,6 +69,6 @@ def test_metrics_do_not_depend_on_the_batch_size(policy: TrainingClient) -> None
 def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy: TrainingClient) -> None:
     renderer = Renderer(load_tokenizer("tiny-llama"))
     client = ReconnectableClient.from_training_client(policy)
-    answers = [greedy_answers(client, renderer, ["Hello?"], 8) for _ in range(2)]
+    answers = [Answers(renderer, ["Hello?"], 8).of(client) for _ in range(2)]
     assert answers[0] == answers[1]
     assert 0 < len(answers[0][0]) <= 8

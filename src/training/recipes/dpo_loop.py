@@ -17,17 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import orjson
 from pydantic import Field, field_validator, model_validator
 
-from firesteel.sdk import AdamParams, ConfigError, NotBuiltYetError, ServiceClient
+from firesteel.sdk import AdamParams, NotBuiltYetError, ServiceClient
 from firesteel.store import home
 from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
-from training.utils.evaluation import Split, evaluate, greedy_answers, split_by_prompt
+from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
 from training.utils.metrics import MetricsLog
-from training.utils.pairs import RenderedPairs, render_pairs, write_row_outcomes
+from training.utils.pairs import RenderedPairs, refuse_longer, render_pairs, write_row_outcomes
 from training.utils.preference_data import read_preferences
 from training.utils.progress import Display, Stage
 from training.utils.reference_cache import ReferenceCache
@@ -102,6 +101,11 @@ class Config(Settings):
     """Training shapes."""
     wandb: WandBConfig = WandBConfig()
     """Weights & Biases."""
+
+    def adam_params(self, learning_rate: float) -> AdamParams:
+        """The optimizer's settings at this rate."""
+        betas_and_eps = (self.adam_beta1, self.adam_beta2, self.adam_eps)
+        return AdamParams(learning_rate, *betas_and_eps, self.weight_decay, self.grad_clip_norm)
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod
@@ -216,12 +220,13 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    check_lengths(split, policy.description.max_context_length)
+    refuse_longer((*split.train, *split.heldout), policy.description.max_context_length)
     references, reference_job_id = reference_logprobs(run, service)
     train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
 
     before = evaluate_heldout(run, policy, heldout_references, step=0)
-    answers_before = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
+    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
+    answers_before = answers.of(policy)
     epochs = run.epochs
     with run.display.bar(Stage("training", config.epochs * len(split.train))) as bar:
         for batch in epochs.batches():
@@ -236,21 +241,11 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         trained = f"{epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
     run.display.say(f"trained: {trained}")
     after = evaluate_heldout(run, policy, heldout_references, epochs.total_steps)
-    answers_after = greedy_answers(policy, run.renderer, config.sample_prompts, config.sample_max_tokens)
-    show_answers(run, answers_before, answers_after)
+    for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
+        run.display.say(line)
     export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
     run.display.say(f"exported: {export}")
     return RunSummary(epochs.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
-
-
-def check_lengths(split: Split, longest: int) -> None:
-    """Refuse rows that the trainer cannot take, naming the setting that would drop or cut them."""
-    too_long = [pair.line for pair in (*split.train, *split.heldout) if pair.longest > longest]
-    if too_long:
-        raise ConfigError(
-            f"max_seq_len: {len(too_long)} rows (first: line {too_long[0]}) have more than the {longest} tokens "
-            f"that this trainer takes; set max_seq_len to at most {longest}"
-        )
 
 
 def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogprobs], str | None]:
@@ -284,15 +279,7 @@ def train_step(
     loss = make_dpo_loss(pairs, [references[row] for row in batch.rows], run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
     result = policy.forward_backward_custom([datum for pair in pairs for datum in pair.datums], loss)
-    adam = AdamParams(
-        rate,
-        config.adam_beta1,
-        config.adam_beta2,
-        config.adam_eps,
-        config.weight_decay,
-        config.grad_clip_norm,
-    )
-    optimizer = policy.optim_step(adam).metrics
+    optimizer = policy.optim_step(config.adam_params(rate)).metrics
     seconds, tokens = time.monotonic() - started, sum(pair.tokens for pair in pairs)
     measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], "step_tokens": tokens}
     timed = {"step_time_sec": seconds, "tokens_per_sec": tokens / seconds}
@@ -324,11 +311,3 @@ def evaluate_heldout(
         f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
     )
     return metrics
-
-
-def show_answers(run: Run, before: Sequence[str], after: Sequence[str]) -> None:
-    """The answers to `sample_prompts`, shown and kept in `samples.jsonl`."""
-    with run.folder.samples.open("wb") as file:
-        for prompt, old, new in zip(run.config.sample_prompts, before, after, strict=True):
-            run.display.say(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
-            file.write(orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import orjson
 
 from firesteel.sdk import DataError, SamplingParams
 from training.utils.client import ReconnectableClient
@@ -63,13 +65,29 @@ def evaluate(
     return preference_metrics(score_pairs(pairs, logprobs, references), objective)
 
 
-def greedy_answers(
-    policy: ReconnectableClient, renderer: Renderer, prompts: Sequence[str], max_tokens: int
-) -> list[str]:
-    """What the policy answers to each user message, greedily."""
-    answers = []
-    for prompt in prompts:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=(renderer.end_of_turn,))
-        answer = policy.sample(renderer.question(prompt), 1, params).sequences[0]
-        answers.append(renderer.answer_text(answer.tokens))
-    return answers
+@dataclass(frozen=True)
+class Answers:
+    """What a policy answers to some user messages, greedily."""
+
+    renderer: Renderer
+    prompts: Sequence[str]
+    max_tokens: int
+
+    def of(self, policy: ReconnectableClient) -> list[str]:
+        """One answer per prompt."""
+        answers = []
+        for prompt in self.prompts:
+            stop = (self.renderer.end_of_turn,)
+            params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop=stop)
+            answer = policy.sample(self.renderer.question(prompt), 1, params).sequences[0]
+            answers.append(self.renderer.answer_text(answer.tokens))
+        return answers
+
+    def write_comparison(self, path: Path, before: Sequence[str], after: Sequence[str]) -> list[str]:
+        """Write one JSON object per prompt, and return the same for people to read."""
+        lines = []
+        with path.open("wb") as file:
+            for prompt, old, new in zip(self.prompts, before, after, strict=True):
+                file.write(orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n")
+                lines.append(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
+        return lines

@@ -167,6 +167,16 @@ def render_pairs(
     return RenderedPairs(file, tuple(pairs), tuple(outcomes))
 
 
+def refuse_longer(pairs: Sequence[PreferencePair], longest: int) -> None:
+    """Refuse pairs that a trainer of so many tokens cannot take, naming the setting that would drop or cut them."""
+    too_long = [pair.line for pair in pairs if pair.longest > longest]
+    if too_long:
+        raise ConfigError(
+            f"max_seq_len: {len(too_long)} rows (first: line {too_long[0]}) have more than the {longest} tokens "
+            f"that this trainer takes; set max_seq_len to at most {longest}"
+        )
+
+
 def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
     """Append one JSON object per row that was refused, dropped or shortened: file, line, outcome, reason.
 
