@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 
@@ -47,8 +47,8 @@ class WandBSink:
     def __init__(self, folder: Path, settings: WandBConfig, config: Mapping[str, Any]) -> None:
         import wandb
 
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        told = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+        mode: Literal["offline"] | None = None if told else "offline"
         self._run = wandb.init(
             entity=settings.entity,
             project=settings.project,
