@@ -239,7 +239,8 @@ def test_two_adapters_on_one_base_train_as_if_each_were_alone(
     model_folders: dict[str, Path], rng: np.random.Generator, name: str
 ) -> None:
     folder = model_folders[name]
-    configs = {"one": LORA, "two": LoraConfig(2, alpha=4.0, seed=9, train_mlp=False)}
+    # One's name is the beginning of the other's, and they adapt different layers.
+    configs = {"model-1": LORA, "model-10": LoraConfig(2, alpha=4.0, seed=9, train_mlp=False)}
     batches = {who: [make_pairs(rng, 2) for _ in range(3)] for who in configs}
     alone = {}
     for who, config in configs.items():

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Lfm2Config,
     MistralConfig,
     MptConfig,
     PretrainedConfig,
@@ -60,6 +61,8 @@ UNSUITABLE = {
     "ALiBi made from a mask": MptConfig(
         vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=128, initializer_range=0.2
     ),
+    # Small weights again: only the configuration says that one layer is no attention.
+    "a convolution": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
 }
 
 
