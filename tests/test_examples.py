@@ -14,10 +14,15 @@ from training.utils.preference_examples import ChatExample
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/dpo*.yaml")), ids=lambda path: path.parent.name)
+CONFIGURATIONS = sorted(EXAMPLES.glob("**/*.yaml"))
+assert CONFIGURATIONS, "no example configuration was found"
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.parent.name)
 def test_every_example_configuration_loads(path: Path) -> None:
     settings = Config(**yaml.safe_load(path.read_text()))
-    assert (EXAMPLES.parent / settings.dataset).exists()
+    for data in filter(None, (settings.dataset, settings.eval_dataset)):
+        assert (EXAMPLES.parent / data).exists()
 
 
 def test_the_demo_set_has_both_forms_of_the_guide_and_shares_no_question() -> None:

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from firesteel.sdk import ConfigError, DataError, ModelError, NotBuiltYetError
+from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBuiltYetError
 from training.recipes.dpo_loop import Config, RunSummary, main
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec"}
@@ -82,15 +84,17 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_exports(tmp_path: Path, 
     assert json.loads((run / "config.json").read_text())["beta"] == 0.1
 
 
-def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
+def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(tmp_path: Path, rank: int) -> None:
     outcomes = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         folder = tmp_path / name
         folder.mkdir()
-        main(config(folder, seed=seed, epochs=2))
-        weights = (folder / "run/adapter/adapter_model.safetensors").read_bytes()
-        outcomes.append((records(folder / "run"), weights))
+        summary = main(config(folder, lora_rank=rank, seed=seed, epochs=2))
+        (weights,) = Path(summary.export_path).glob("*.safetensors")
+        outcomes.append((records(folder / "run"), weights.read_bytes()))
     assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] != outcomes[2][0]
     assert outcomes[0][1] != outcomes[2][1]
 
 
@@ -110,6 +114,17 @@ def test_the_last_smaller_batch_is_trained_and_divides_by_its_own_pairs(tmp_path
     assert last["train/dpo_loss"] == pytest.approx(math.log1p(math.exp(-0.1 * last["train/margin"])))
 
 
+def test_a_batch_that_is_not_full_has_the_gradient_of_its_own_mean(tmp_path: Path) -> None:
+    norms = []
+    for size in (1, 8):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        main(config(folder, count=1, batch_size=size))
+        norms.append([record["train/grad_norm"] for record in steps(folder / "run")])
+    assert norms[0] == norms[1]  # divided by batch_size, the second would be an eighth
+    assert norms[0][0] > 0
+
+
 def test_a_second_run_takes_the_reference_from_the_cache_and_gives_the_same_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +136,42 @@ def test_a_second_run_takes_the_reference_from_the_cache_and_gives_the_same_numb
     assert "7 from the cache, 0 computed" in said
     assert f"moved to {tmp_path / 'run' / 'previous-1'}" in said
     assert records(tmp_path / "run") == records(tmp_path / "run/previous-1")
+
+
+def test_what_only_the_training_depends_on_does_not_miss_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
+    main(config(tmp_path, count=8))
+    capsys.readouterr()
+    main(
+        config(
+            tmp_path,
+            count=8,
+            log_path=str(tmp_path / "other"),
+            seed=4,
+            beta=0.3,
+            learning_rate=1e-5,
+            batch_size=3,
+            epochs=2,
+            label_smoothing=0.1,
+            eval_fraction=0.3,
+        )
+    )
+    assert "8 from the cache, 0 computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
+def test_the_reference_stands_still_while_the_policy_moves(tmp_path: Path, rank: int) -> None:
+    summary = main(config(tmp_path, count=10, lora_rank=rank, epochs=2, eval_fraction=0.3))
+    for side in ("chosen", "rejected"):
+        before, after = (
+            metrics[f"logps/{side}"] - metrics[f"delta_logp/{side}"]
+            for metrics in (summary.before, summary.after)
+        )
+        assert after == pytest.approx(before, abs=1e-9)
+        assert abs(summary.after[f"delta_logp/{side}"]) > 0.1
+        assert abs(summary.before[f"delta_logp/{side}"]) < 1e-4
 
 
 def test_a_reference_of_its_own_gives_a_lora_run_the_same_numbers(
@@ -157,6 +208,31 @@ def test_rows_over_the_limit_are_dropped_counted_and_listed(
     assert "4 pairs; 1 dropped" in capsys.readouterr().out
 
 
+def test_responses_over_the_limit_are_cut_counted_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, count=3, max_seq_len=120, truncate="response_end")
+    data = tmp_path / "pairs.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[1]["chosen"][0]["content"] = "a" * 300
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(settings)
+    (listed,) = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert (listed["file"], listed["line"], listed["outcome"]) == (str(data), 2, "shortened")
+    assert "3 pairs; 1 shortened" in capsys.readouterr().out
+    assert sum(record["train/step_tokens"] for record in steps(tmp_path / "run")) <= 6 * 120
+
+
+def test_no_more_than_max_pairs_are_used_and_they_are_the_first(tmp_path: Path) -> None:
+    outcomes = []
+    for name, count, most in (("all", 3, None), ("some", 9, 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert main(config(folder, count=count, max_pairs=most)).steps == 2
+        outcomes.append(records(folder / "run"))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_bad_rows_stop_the_run_before_a_model_is_looked_for(tmp_path: Path) -> None:
     settings = config(tmp_path, base_model="no-such-model", tokenizer_model="tiny-llama")
     with (tmp_path / "pairs.jsonl").open("a") as file:
@@ -189,12 +265,80 @@ def test_answers_before_and_after_are_kept(tmp_path: Path, capsys: pytest.Captur
     main(config(tmp_path, sample_prompts=("Question 1?",), sample_max_tokens=5))
     (answer,) = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert set(answer) == {"prompt", "before", "after"}
+    assert answer["prompt"] == "Question 1?"
     assert "Q: Question 1?" in capsys.readouterr().out
+
+
+def test_the_answer_after_training_is_that_of_the_trained_model(tmp_path: Path) -> None:
+    asked = {"sample_prompts": ("Question 1?",), "sample_max_tokens": 8}
+    main(config(tmp_path, lora_rank=0, learning_rate=1e-2, epochs=5, **asked))
+    answer = json.loads((tmp_path / "run/samples.jsonl").read_text())
+    assert answer["before"] != answer["after"]
+    other = tmp_path / "other"
+    other.mkdir()
+    main(config(other, base_model=str(tmp_path / "run/model"), max_pairs=1, **asked))
+    assert json.loads((other / "run/samples.jsonl").read_text())["before"] == answer["after"]
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(config(tmp_path, lora_rank=0, max_pairs=1))
+    model = tmp_path / "run/model"
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    described = model / "tokenizer_config.json"
+    tokenizer = json.loads(described.read_text())
+    tokenizer.pop("chat_template", None)
+    described.write_text(json.dumps(tokenizer))
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "Question? ", "chosen": "yes", "rejected": "no"}\n')
+    capsys.readouterr()
+    settings = {"base_model": str(model), "dataset": str(plain), "log_path": str(tmp_path / "other")}
+    with pytest.raises(ModelError, match="no chat template"):
+        main(config(tmp_path, **settings, sample_prompts=("Hello?",)))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "other").exists()
+    assert main(config(tmp_path, **settings)).steps == 1  # the rows themselves need no template
 
 
 def test_the_schedule_and_the_rate_reach_the_optimizer(tmp_path: Path) -> None:
     main(config(tmp_path, lr_scheduler="linear"))
     assert [record["train/lr"] for record in steps(tmp_path / "run")] == pytest.approx([2e-3, 1e-3, 0])
+
+
+def test_every_optimizer_setting_reaches_the_step_under_its_own_name(tmp_path: Path) -> None:
+    settings = config(
+        tmp_path, weight_decay=0.25, adam_beta1=0.5, adam_beta2=0.75, adam_eps=1e-3, grad_clip_norm=2.0
+    )
+    assert settings.adam_params(0.125) == AdamParams(
+        learning_rate=0.125, beta1=0.5, beta2=0.75, eps=1e-3, weight_decay=0.25, grad_clip_norm=2.0
+    )
+
+
+def test_weight_decay_shrinks_the_trained_weights(tmp_path: Path) -> None:
+    exported = []
+    for decay in (0.0, 0.5):
+        folder = tmp_path / str(decay)
+        folder.mkdir()
+        settings = config(folder, count=2, lora_rank=0, learning_rate=1e-2, weight_decay=decay)
+        model = Path(main(settings).export_path)
+        exported.append(load_file(model / "model.safetensors"))
+    # One step: w1 = w0 (1 - lr λ) + Adam's step, which does not depend on λ.
+    name = next(name for name in exported[0] if name.endswith("q_proj.weight"))
+    plain, decayed = (weights[name].astype(np.float64) for weights in exported)
+    assert np.linalg.norm(decayed) < np.linalg.norm(plain)
+    shrunk = (plain - decayed) / 5e-3  # λ lr w0
+    np.testing.assert_allclose(
+        shrunk, plain, atol=1e-2 + 1e-4
+    )  # w0 is w1 but for one step of Adam, at most lr
+    assert np.abs(plain).max() > 2e-2
+
+
+def test_a_run_can_be_started_from_the_settings_that_another_wrote(tmp_path: Path) -> None:
+    for rank in (0, 4):
+        first = config(tmp_path, lora_rank=rank, lr_scheduler="cosine", eval_fraction=0.3)
+        main(first)
+        assert Config(**json.loads((tmp_path / "run/config.json").read_text())) == first
 
 
 def test_a_row_longer_than_the_trainer_takes_names_the_setting(
@@ -218,14 +362,29 @@ def test_a_row_longer_than_the_trainer_takes_names_the_setting(
         ({"lora_rank": 0, "lora_alpha": 8}, "lora_alpha is not read at lora_rank 0"),
         ({"trainer": {"shape": "x"}}, "TrainerConfig has no such setting|trainer.shape"),
         ({"lr_scheduler": "sometimes"}, "lr_scheduler"),
+        ({"beta": math.inf}, "beta: .*finite number"),
+        ({"learning_rate": math.nan}, "learning_rate: .*finite number|greater than 0"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"seed": 2**64}, "seed: .*less than"),
+        ({"label_smoothing": 0.5}, "label_smoothing: .*less than 0.5"),
+        ({"batch_size": 0}, "batch_size: "),
     ],
-    ids=["unknown", "out of range", "two ways", "nothing to evaluate", "unused", "nested", "schedule"],
+    ids=[
+        *("unknown", "out of range", "two ways", "nothing to evaluate", "unused", "nested", "schedule"),
+        *("infinite", "no number", "negative seed", "huge seed", "a coin", "no pairs"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, **settings)
+
+
+def test_settings_that_contradict_each_other_are_not_drowned_in_all_the_others(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, eval_interval=3)
+    assert len(str(caught.value)) < 100
 
 
 def test_checkpoints_are_said_to_be_missing(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_metrics_do_not_depend_on_the_batch_size(policy: TrainingClient) -> None
     ]
     assert one["accuracy"] not in (0, 1)
     for other in others:
-        assert other == pytest.approx(one, abs=1e-5)
+        assert other == pytest.approx(one, rel=1e-6, abs=1e-6)
 
 
 def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy: TrainingClient) -> None:

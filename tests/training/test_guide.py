@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -98,14 +100,17 @@ def test_the_steps_of_the_guide_run_as_they_stand_for_a_full_parameter_policy(
     assert namespace["service"].reference_trainer_job_id is not None
     check_learning(namespace)
     steps = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in steps] == ["Step 1"] * 4  # the loop starts counting anew each time
+    printed = [line.split(": ", 1) for line in steps]
+    assert [step for step, _ in printed] == ["Step 1"] * 4  # the loop starts counting anew each time
+    assert {"dpo_loss", "margin", "accuracy"} <= set(ast.literal_eval(printed[0][1]))
+    assert ast.literal_eval(printed[0][1])["dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("policy_mode", ["LORA_TRAINER"], indirect=True)
 def test_the_steps_of_the_guide_run_for_a_lora_policy_that_shares_its_base() -> None:
     provision = block("provision").replace("lora_rank=0", "lora_rank=8").replace(REFERENCE_LINE, "")
     assert "forward" not in provision
-    namespace = run_step_by_step(provision.replace("learning_rate=1e-5", "learning_rate=1e-5"), passes=4)
+    namespace = run_step_by_step(provision, passes=4)
     assert namespace["service"].reference_trainer_job_id is None
     check_learning(namespace)
 
@@ -117,9 +122,11 @@ def test_the_steps_of_the_guide_run_for_a_lora_policy_with_a_reference_of_its_ow
     check_learning(namespace)
 
 
-@pytest.mark.parametrize("policy_mode", ["POLICY_TRAINER"], indirect=True)
-def test_the_first_pair_of_the_guides_loop_has_loss_ln_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace = run_step_by_step(block("provision"), passes=0)
+@pytest.mark.parametrize(
+    ("policy_mode", "rank"), [("POLICY_TRAINER", 0), ("LORA_TRAINER", 8)], indirect=["policy_mode"]
+)
+def test_the_first_pair_of_the_guides_loop_has_loss_ln_2(rank: int) -> None:
+    namespace = run_step_by_step(block("provision").replace("lora_rank=0", f"lora_rank={rank}"), passes=0)
     first = namespace["ref_cache"][0]
     loss_fn = namespace["make_dpo_loss_fn"](first["ref_chosen"], first["ref_rejected"])
     datums = build_dpo_datums(first["chosen_tokens"], first["rejected_tokens"], first["prompt_len"])
@@ -146,3 +153,6 @@ def test_the_recipe_of_the_guide_runs_as_it_stands(tmp_path: Path, caplog: pytes
     assert [record["train/step"] for record in logged] == [1, 2]  # 5 pairs, 4 a step
     assert logged[0]["train/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert (tmp_path / "dpo_logs/model/model.safetensors").exists()
+    if importlib.util.find_spec("wandb") is None:
+        (warning,) = [record.message for record in caplog.records if record.name == "firesteel"]
+        assert "firesteel[wandb]" in warning

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from firesteel.sdk import Datum, ModelInput
 from training.utils.losses import (
     DpoObjective,
     PairLogprobs,
@@ -99,10 +99,19 @@ def test_swapping_chosen_and_rejected_changes_the_loss_by_beta_m(
     assert (there - back).item() == pytest.approx(-beta * m * (1 - 2 * smoothing), abs=1e-9)
 
 
-def test_a_constant_on_both_sides_changes_nothing() -> None:
-    plain = scores([1.5, -0.3])
-    shifted = replace(plain, policy_chosen=plain.policy_chosen + 7, policy_rejected=plain.policy_rejected + 7)
-    torch.testing.assert_close(sigmoid_dpo(shifted, 0.1), sigmoid_dpo(plain, 0.1), rtol=0, atol=1e-12)
+@given(st.floats(-50, 50), st.integers(0, 2**32 - 1))
+def test_a_constant_on_one_token_of_both_sides_changes_nothing(constant: float, seed: int) -> None:
+    pairs, rng = [pair(), pair(1, 5)], np.random.default_rng(seed)
+    rows, other = logprobs_of(pairs, rng), logprobs_of(pairs, rng)
+    first = len(PROMPT) - 1  # the first scored token
+    shifted = [row.detach().clone() for row in rows]
+    for row in shifted:
+        row[first] += constant
+    plain, moved = (
+        make_dpo_loss(pairs, reference_of(pairs, other), DpoObjective(0.1))([], values)[0]
+        for values in (rows, shifted)
+    )
+    assert moved.item() == pytest.approx(plain.item(), abs=1e-12)
 
 
 def test_responses_that_differ_in_their_first_token_only_have_a_gradient_there() -> None:
@@ -156,6 +165,67 @@ def test_the_loss_is_the_mean_over_the_pairs_of_its_call() -> None:
         for i in range(0, 8, 2)
     ]
     assert whole.item() == pytest.approx(sum(part.item() for part in parts) * 2 / 8, abs=1e-12)
+    gradient = torch.autograd.grad(whole, rows)
+    added = torch.autograd.grad(sum((part * 2 / 8 for part in parts), torch.zeros(())), rows)
+    torch.testing.assert_close(added, gradient, rtol=1e-12, atol=0)
+    assert all(values.any() for values in gradient)
+
+
+def masked_pair(mask: list[int]) -> PreferencePair:
+    """A pair of which the chosen response has this mask, and the rejected is one scored token."""
+    tokens = (*PROMPT, *range(10, 10 + len(mask)))
+    weights = np.array([0] * (len(PROMPT) - 1) + mask, np.float32)
+    chosen = Datum(
+        ModelInput.from_ints(tokens[:-1]),
+        {"target_tokens": np.array(tokens[1:]), "weights": weights},
+    )
+    _, rejected = build_dpo_datums((*PROMPT, 10), (*PROMPT, 40), len(PROMPT))
+    return PreferencePair(chosen, rejected, len(PROMPT), line=1)
+
+
+def test_tokens_that_are_not_scored_weigh_nothing() -> None:
+    references = [
+        PairLogprobs(np.array([-1.0, -2.0]), np.array([-3.0])),
+        PairLogprobs(np.full(4, -1.5), np.full(4, -2.5)),
+    ]
+    gradients = []
+    for mask in ([1, 1], [1, 1, *[0] * 30]):
+        pairs = [masked_pair(mask), pair(4, 4)]
+        values = torch.linspace(-1, -3, 50, dtype=torch.float64)  # the same at the same place in both
+        rows = [values[: d.model_input.length].clone().requires_grad_() for p in pairs for d in p.datums]
+        loss, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))([], rows)
+        gradients.append(torch.autograd.grad(loss, rows))
+    for short, long in zip(*gradients, strict=True):
+        assert torch.equal(long[: len(short)], short)
+        assert not long[len(short) :].any()
+
+
+def test_per_token_means_divide_by_the_scored_tokens_alone() -> None:
+    gaps = masked_pair([1, 0, 0, 1, 0])
+    rows = [
+        torch.full((d.model_input.length,), value) for d, value in zip(gaps.datums, (-2.0, -3.0), strict=True)
+    ]
+    scored = score_pairs([gaps], rows, [PairLogprobs(np.full(2, -2.0), np.full(1, -3.0))])
+    assert (scored.chosen_tokens.item(), scored.rejected_tokens.item()) == (2, 1)
+    # -4 over 2 tokens is better than -3 over 1; over all 5 or 7 tokens it would be too, over 1 it would not.
+    assert preference_metrics(scored, DpoObjective(0.1))["policy_preference"] == 1
+    worse = [torch.full_like(row, value) for row, value in zip(rows, (-2.0, -1.5), strict=True)]
+    again = score_pairs([gaps], worse, [PairLogprobs(np.full(2, -2.0), np.full(1, -3.0))])
+    # -4 over 2 tokens is worse than -1.5 over 1; over 3 tokens or more it would be better.
+    assert preference_metrics(again, DpoObjective(0.1))["policy_preference"] == 0
+
+
+def test_gradients_are_right_to_a_millionth_in_the_precision_that_a_trainer_sends() -> None:
+    pairs, rng = [pair(4, 3), pair(2, 5)], np.random.default_rng(7)
+    exact, references = logprobs_of(pairs, rng), reference_of(pairs, logprobs_of(pairs, rng))
+    single = [row.detach().float().requires_grad_(True) for row in exact]
+    gradients = [
+        torch.autograd.grad(make_dpo_loss(pairs, references, DpoObjective(0.5, 0.1))([], rows)[0], rows)
+        for rows in (exact, single)
+    ]
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(there.double(), here, rtol=0, atol=1e-6)
+        assert there.dtype == torch.float32
 
 
 def test_metrics_of_a_table_worked_out_by_hand() -> None:
@@ -197,3 +267,14 @@ def test_counts_that_do_not_match_are_refused() -> None:
     rows = logprobs_of([pair()], np.random.default_rng(4))
     with pytest.raises(ValueError, match="1 pairs, 1 log-probability rows, 1 references"):
         score_pairs([pair()], rows[:1], reference_of([pair()], rows))
+    with pytest.raises(ValueError, match="1 pairs, 2 log-probability rows, 0 references"):
+        score_pairs([pair()], rows, [])
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 4])
+def test_a_reference_of_another_length_is_refused_and_never_stretched(length: int) -> None:
+    rows = logprobs_of([pair(3, 2)], np.random.default_rng(8))
+    right = reference_of([pair(3, 2)], rows)[0]
+    wrong = PairLogprobs(np.full(length, -1.0), right.rejected)
+    with pytest.raises(ValueError, match=f"3 scored tokens, {length} reference log-probabilities"):
+        score_pairs([pair(3, 2)], rows, [wrong])

@@ -6,14 +6,26 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, ServiceClient, TrainingClient
+from firesteel.sdk import (
+    ConfigError,
+    DataError,
+    Datum,
+    ForwardBackwardOutput,
+    ServiceClient,
+    TensorData,
+    TrainingClient,
+)
 from firesteel.sdk.operations import ModelIdentity
 from training.utils import reference_cache
 from training.utils.losses import PairLogprobs
@@ -26,16 +38,25 @@ COUNT = 2 * BLOCK_PAIRS + 3
 
 @dataclass
 class CountingReference:
-    """A real reference client that counts what it is asked for."""
+    """A real reference client that counts what it is asked for.
+
+    `drift` is added to its answers: what a batch of other composition, or another thread count, may do.
+    """
 
     client: TrainingClient
     forwards: int = 0
     sequences: int = 0
+    drift: float = 0.0
 
     def forward(self, data: Sequence[Datum]) -> ForwardBackwardOutput:
         self.forwards += 1
         self.sequences += len(data)
-        return self.client.forward(data).result()
+        answer = self.client.forward(data).result()
+        drifted = [
+            {"logprobs": TensorData(output["logprobs"].to_numpy() + np.float32(self.drift), "float32")}
+            for output in answer.loss_fn_outputs
+        ]
+        return replace(answer, loss_fn_outputs=drifted)
 
 
 @dataclass
@@ -175,6 +196,17 @@ def test_a_file_that_is_no_cache_is_refused(setting: Setting, content: bytes, me
         setting.fill()
 
 
+def test_a_cache_broken_in_its_middle_is_refused_by_its_name(setting: Setting) -> None:
+    setting.fill()
+    content = bytearray(setting.path.read_bytes())
+    content[4096:] = bytes([255]) * (
+        len(content) - 4096
+    )  # all but the first page, which says that it is a database
+    setting.path.write_bytes(content)
+    with pytest.raises(DataError, match=r"reference cache .*malformed; move the file away"):
+        setting.fill()
+
+
 def test_a_home_that_cannot_be_written_to_is_named(setting: Setting) -> None:
     setting.path.parent.write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match="set FIRESTEEL_HOME to a writable folder"):
@@ -189,19 +221,25 @@ def test_a_cache_of_another_version_is_refused(setting: Setting) -> None:
         setting.fill()
 
 
-KILLED_IN_ITS_SECOND_BLOCK = """
+KILLED_WHILE_IT_WRITES_ITS_SECOND_BLOCK = """
 import os, signal, sys
+from dataclasses import replace
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_reference_cache import COUNT, CountingReference, Setting, make_pair
 from training.utils.service import build_service_client
 
+class Deadly(list):
+    # Some of the block is written already when this is reached.
+    def __iter__(self):
+        yield from self[: len(self) // 2]
+        os.kill(os.getpid(), signal.SIGKILL)
+
 class Killed(CountingReference):
     def forward(self, data):
         answer = super().forward(data)
-        if self.forwards == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answer
+        outputs = answer.loss_fn_outputs
+        return replace(answer, loss_fn_outputs=Deadly(outputs)) if self.forwards == 2 else answer
 
 service = build_service_client(base_model={model!r}, lora_rank=0)
 client = service.create_reference_client()
@@ -213,7 +251,7 @@ Setting(Path({path!r}), Killed(client), client.identify().result(), pairs).fill(
 def test_a_killed_pass_leaves_whole_blocks_and_the_next_run_completes_it(
     setting: Setting, llama_folder: str
 ) -> None:
-    script = KILLED_IN_ITS_SECOND_BLOCK.format(
+    script = KILLED_WHILE_IT_WRITES_ITS_SECOND_BLOCK.format(
         tests=str(Path(__file__).parent), model=llama_folder, path=str(setting.path)
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
@@ -224,12 +262,86 @@ def test_a_killed_pass_leaves_whole_blocks_and_the_next_run_completes_it(
     assert (statistics.hits, statistics.computed) == (BLOCK_PAIRS, COUNT - BLOCK_PAIRS)
 
 
+ONE_OF_TWO = """
+import hashlib, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_reference_cache import COUNT, CountingReference, Setting, make_pair
+from training.utils.service import build_service_client
+
+client = build_service_client(base_model={model!r}, lora_rank=0).create_reference_client()
+pairs = [make_pair(index) for index in range(COUNT)][::{step}]
+reference = CountingReference(client, drift={step} * 1e-5)
+setting = Setting(Path({path!r}), reference, client.identify().result(), pairs)
+Path({path!r} + ".ready{step}").touch()
+while not Path({path!r} + ".go").exists():
+    time.sleep(0.001)
+values, statistics = setting.fill()
+print(statistics.computed, hashlib.sha256(
+    b"".join(side.tobytes() for pair in values[::{step}] for side in (pair.chosen, pair.rejected))
+).hexdigest())
+"""
+
+
+def test_two_processes_at_once_use_the_same_values_though_their_blocks_differ(
+    setting: Setting, llama_folder: str
+) -> None:
+    setting.path.parent.mkdir()
+    tests = str(Path(__file__).parent)
+    scripts = [
+        ONE_OF_TWO.format(tests=tests, model=llama_folder, path=str(setting.path), step=step)
+        for step in (1, -1)
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for script in scripts
+    ]
+    until = time.monotonic() + 60
+    while len(list(setting.path.parent.glob("*.ready*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    setting.path.with_name(setting.path.name + ".go").touch()
+    said = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    digests = [out.split()[1] for out, _ in said]
+    assert digests[0] == digests[1]
+    assert setting.fill()[1].computed == 0
+
+
+def test_any_order_of_any_pairs_gives_each_the_same_values(setting: Setting) -> None:
+    values, _ = setting.fill()
+
+    @settings(deadline=None, max_examples=20)
+    @given(st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=COUNT))
+    def check(order: list[int]) -> None:
+        again, statistics = setting.fill([setting.pairs[i] for i in order])
+        assert (statistics.hits, statistics.computed) == (len(order), 0)
+        assert same(again, [values[i] for i in order])
+
+    check()
+
+
+def test_a_new_file_that_another_run_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "reference.sqlite"
+    # Not in write-ahead mode yet: SQLite itself does not wait for this lock, it says "locked" at once.
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.2, other.execute, ["COMMIT"])
+    release.start()
+    ReferenceCache(path, ModelIdentity("weights", "float32 cpu"), "tokenizer").close()
+    release.join()
+    other.close()
+
+
 def test_of_two_writers_the_first_wins_and_both_use_its_values(setting: Setting) -> None:
     one = ReferenceCache(setting.path, setting.identity, "tokenizer")
     other = ReferenceCache(setting.path, setting.identity, "tokenizer")
     # The same pair in blocks of different composition: the last bits may differ, what is used may not.
     first, _ = one.fill(setting.pairs[:BLOCK_PAIRS], setting.reference)
+    setting.reference.drift = 1e-5
     second, _ = other.fill([*setting.pairs[5:BLOCK_PAIRS], *setting.pairs[-3:]], setting.reference)
     assert same(second[: BLOCK_PAIRS - 5], first[5:])
+    assert same(one.fill(setting.pairs[:BLOCK_PAIRS], setting.reference)[0], first)
     one.close()
     other.close()

@@ -83,6 +83,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -103,7 +105,9 @@ def _value(text: str) -> Any:
 def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for part in path[:-1]:
         inner = values.get(part)
+        if not isinstance(inner, Mapping | None):
+            raise ConfigError(f"{'.'.join(path)}: {part} is given as {inner!r}; give its settings one by one")
         # A mapping of its own: what the file holds is not changed in place.
-        values[part] = dict(inner) if isinstance(inner, Mapping) else {}
+        values[part] = dict(inner or {})
         values = values[part]
     values[path[-1]] = value

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -91,7 +91,7 @@ class Config(Settings):
     """User messages that the model answers before and after training."""
     sample_max_tokens: int = Field(default=96, ge=1)
     """Longest such answer."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the row order, the adapter's start and the held-out split."""
     shuffle: bool = True
     """A new row order every epoch."""
@@ -106,6 +106,10 @@ class Config(Settings):
         """The optimizer's settings at this rate."""
         betas_and_eps = (self.adam_beta1, self.adam_beta2, self.adam_eps)
         return AdamParams(learning_rate, *betas_and_eps, self.weight_decay, self.grad_clip_norm)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting that this run reads, as JSON; a `Config` of these is this one."""
+        return self.model_dump(mode="json", exclude=None if self.lora_rank else {"lora_alpha"})
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod
@@ -145,6 +149,8 @@ def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
     renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
+    for prompt in config.sample_prompts:
+        renderer.question(prompt)  # refused now, not after the reference pass
     train_rows = read_rows(config.dataset, config.max_pairs, config, renderer)
     heldout_rows = read_rows(config.eval_dataset, None, config, renderer) if config.eval_dataset else None
     if heldout_rows:
@@ -152,13 +158,13 @@ def main(config: Config) -> RunSummary:
     else:
         split = split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
 
-    run, previous = RunFolder.start(config.log_path, config.model_dump(mode="json"))
+    run, previous = RunFolder.start(config.log_path, config.resolved())
     if previous:
         display.say(f"{config.log_path} held an earlier run: moved to {previous}")
     for rows in filter(None, (train_rows, heldout_rows)):
         write_row_outcomes(run.bad_rows, rows.file.path, rows.dropped)
         display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.dropped else ""))
-    metrics = MetricsLog(run.metrics, config.wandb, config.model_dump(mode="json"))
+    metrics = MetricsLog(run.metrics, config.wandb, config.resolved())
     try:
         with build_service(config) as service:
             return train(Run(config, split, renderer, run, metrics, display), service)

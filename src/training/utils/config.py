@@ -15,7 +15,7 @@ class Settings(BaseModel):
     Raises `ConfigError` naming each wrong field, its value and what was expected.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -37,9 +37,9 @@ def _explain(name: str, error: ValidationError) -> str:
             lines += [f"{field}.{line}" for line in str(inner).splitlines()]
         else:
             # pydantic's own wording, without the prefix it puts before a validator's message.
-            lines.append(
-                f"{field}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
-            )
+            # Where settings contradict each other, what was given is all of them: too much to show.
+            given = f" (got {problem['input']!r})" if problem["loc"] else ""
+            lines.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{given}")
     return "\n".join(lines)
 
 

@@ -36,6 +36,20 @@ def read_conversation(value: object, place: str) -> Conversation:
     )
 
 
+def read_response(value: object, place: str) -> Conversation:
+    """The same, of what follows a prompt that stands apart: the assistant has the first turn."""
+    response = read_conversation(value, place)
+    _expect_assistant(response, 0, "the first turn of a response (the prompt stands apart)")
+    return response
+
+
+def one_turn(role: str, text: str, place: str) -> Conversation:
+    """A text as the only message of a conversation. Raises ExampleError if it says nothing."""
+    if not text.strip():
+        raise ExampleError(place, f"{shown(text)}; expected some text")
+    return Conversation(({"role": role, "content": text},), (place,))
+
+
 def _message(value: object, place: str) -> Message:
     if not isinstance(value, dict):
         raise ExampleError(place, f"{shown(value)}; expected a message: an object with role and content")
@@ -109,7 +123,7 @@ def read_tools(row: Row, *containers: tuple[str, Row]) -> Tools:
 def split_conversations(chosen: Conversation, rejected: Conversation, tools: Tools, line: int) -> ChatExample:
     """Split two whole conversations where they stop being the same, which must be at an assistant turn."""
     for side in (chosen, rejected):
-        expect_assistant(side, len(side.messages) - 1, "the last turn")
+        _expect_assistant(side, len(side.messages) - 1, "the last turn")
     shared = _shared_length(chosen.messages, rejected.messages)
     shorter = min(len(chosen.messages), len(rejected.messages))
     if shared == len(chosen.messages) == len(rejected.messages):
@@ -185,8 +199,18 @@ def _refuse_empty_turns(side: Conversation, start: int) -> None:
             )
 
 
-def expect_assistant(side: Conversation, index: int, which: str) -> None:
+def _expect_assistant(side: Conversation, index: int, which: str) -> None:
     """Refuse a turn that is not the assistant's; `which` says which turn that is."""
     role = side.messages[index]["role"]
     if role != "assistant":
         raise ExampleError(f"{side.places[index]}.role", f"{which} is of role {role!r}; expected 'assistant'")
+
+
+def refuse_what_messages_leave_out(row: Row, example: ChatExample, *keys: str) -> None:
+    """Public data sets repeat a turn of the conversation beside it; anything else there would get lost."""
+    for key in keys:
+        beside = row.get(key)
+        if beside and not isinstance(beside, str):
+            raise ExampleError(key, f"{shown(beside)} beside whole conversations; put it into them")
+        if beside and beside.strip() not in [message["content"].strip() for message in example.prompt]:
+            raise ExampleError(key, f"{shown(beside)} is no turn of the conversations; put it into them")

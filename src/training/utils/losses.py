@@ -72,7 +72,7 @@ def score_pairs(
 ) -> PairScores:
     """Sum per-token values of N pairs. `logprobs` are the policy's, interleaved: chosen, rejected, chosen, ….
 
-    Raises ValueError if the counts do not match.
+    Raises ValueError if the counts of pairs, or of a side's scored tokens, do not match.
     """
     import torch
 
@@ -88,6 +88,9 @@ def score_pairs(
     policy = [row.double()[mask] for row, mask in zip(logprobs, scored, strict=True)]
     frozen = [torch.as_tensor(side).double() for r in references for side in (r.chosen, r.rejected)]
     kept = [weight[mask] for weight, mask in zip(weights, scored, strict=True)]
+    for weight, row in zip(kept, frozen, strict=True):
+        if row.shape != weight.shape:  # a single value would be taken for every token
+            raise ValueError(f"{len(weight)} scored tokens, {len(row)} reference log-probabilities")
     policy_sums = torch.stack([(row * weight).sum() for row, weight in zip(policy, kept, strict=True)])
     frozen_sums = torch.stack([(row * weight).sum() for row, weight in zip(frozen, kept, strict=True)])
     counts = torch.tensor([len(weight) for weight in kept], dtype=torch.float64)

@@ -28,12 +28,20 @@ from typing import Literal, NoReturn
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from training.utils.conversations import (
     Conversation,
-    expect_assistant,
+    one_turn,
     read_conversation,
+    read_response,
     read_tools,
+    refuse_what_messages_leave_out,
     split_conversations,
 )
 from training.utils.jsonl import numbered_rows, parse_row
+from training.utils.plain_texts import (
+    read_text,
+    read_whole_text,
+    refuse_same_texts,
+    refuse_what_text_leaves_out,
+)
 from training.utils.preference_examples import (
     ChatExample,
     ExampleError,
@@ -51,8 +59,6 @@ ACCEPTED = (
     '`chosen` and `rejected` (each {"messages": […]}, {"text": "…"}, a list of messages or a string; with or '
     "without `prompt`), `input` with `preferred_output` and `non_preferred_output`, or `samples`"
 )
-# Beside bare strings these would be left out of the conversation without a word.
-PROMPT_LIKE_KEYS = ("prompt", "input", "instruction", "question", "query", "system", "history")
 
 
 @dataclass(frozen=True)
@@ -103,20 +109,19 @@ def refuse_rows(path: str, bad: Sequence[RowError]) -> None:
     if len(bad) == 1:
         raise bad[0]
     more = "" if len(bad) <= ERRORS_SHOWN else f"\n  and {len(bad) - ERRORS_SHOWN} more"
-    shown = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
+    listed = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
     raise DataError(
-        f"{path}: {len(bad)} rows cannot be used:{shown}{more}\n"
+        f"{path}: {len(bad)} rows cannot be used:{listed}{more}\n"
         'Mend or remove them, or leave them out with on_bad_row="skip".'
     )
 
 
 def _refuse_nothing_left(path: str, bad: Sequence[RowError]) -> NoReturn:
     if not bad:
-        raise DataError(
-            f"{path}: the file is empty; expected one JSON object per line, as one of {_shapes()}"
-        )
-    shown = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
-    raise DataError(f"{path}: none of its {len(bad)} rows can be used:{shown}")
+        shapes = " | ".join(form.shape for form in FORMATS)
+        raise DataError(f"{path}: the file is empty; expected one JSON object per line, as one of {shapes}")
+    listed = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
+    raise DataError(f"{path}: none of its {len(bad)} rows can be used:{listed}")
 
 
 def _refuse_mixed_formats(path: str, lines_of_format: Mapping[str, Sequence[int]]) -> None:
@@ -139,16 +144,16 @@ def _read_messages(row: Row, line: int) -> ChatExample:
     chosen = read_conversation(required(sides[0], "messages", "chosen"), "chosen.messages")
     rejected = read_conversation(required(sides[1], "messages", "rejected"), "rejected.messages")
     tools = read_tools(row, ("chosen", sides[0]), ("rejected", sides[1]))
-    return _repeating_nothing_else(
-        row, split_conversations(chosen, rejected, tools, line), "prompt", "system"
-    )
+    example = split_conversations(chosen, rejected, tools, line)
+    refuse_what_messages_leave_out(row, example, "prompt", "system")
+    return example
 
 
 def _read_preferred_output(row: Row, line: int) -> ChatExample:
     given = required(row, "input")
     holder = given if isinstance(given, dict) else {}
     if isinstance(given, str):
-        prompt = _one_turn("user", given, "input")
+        prompt = one_turn("user", given, "input")
     elif isinstance(given, dict):
         prompt = read_conversation(required(given, "messages", "input"), "input.messages")
     else:
@@ -159,47 +164,38 @@ def _read_preferred_output(row: Row, line: int) -> ChatExample:
 
 def _output(row: Row, name: str) -> Conversation:
     value = required(row, name)
-    return _one_turn("assistant", value, name) if isinstance(value, str) else _response(value, name)
-
-
-def _one_turn(role: str, text: str, place: str) -> Conversation:
-    if not text.strip():
-        raise ExampleError(place, f"{shown(text)}; expected some text")
-    return Conversation(({"role": role, "content": text},), (place,))
-
-
-def _response(value: object, place: str) -> Conversation:
-    response = read_conversation(value, place)
-    expect_assistant(response, 0, "the first turn of a response (the prompt stands apart)")
-    return response
+    return one_turn("assistant", value, name) if isinstance(value, str) else read_response(value, name)
 
 
 def _read_prompt_messages(row: Row, line: int) -> ChatExample:
     prompt = read_conversation(required(row, "prompt"), "prompt")
-    chosen, rejected = (_response(required(row, name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_response(required(row, name), name) for name in ("chosen", "rejected"))
     example = split_conversations(prompt + chosen, prompt + rejected, read_tools(row), line)
-    return _repeating_nothing_else(row, example, "system")
+    refuse_what_messages_leave_out(row, example, "system")
+    return example
 
 
 def _read_prompt_text(row: Row, line: int) -> PlainExample:
-    prompt, chosen, rejected = (_text(required(row, name), name) for name in ("prompt", "chosen", "rejected"))
-    _refuse_what_text_leaves_out(row)
-    if chosen == rejected:
-        raise ExampleError("rejected", "chosen and rejected are identical: there is nothing to prefer")
+    prompt, chosen, rejected = (
+        read_text(required(row, name), name) for name in ("prompt", "chosen", "rejected")
+    )
+    refuse_what_text_leaves_out(row)
+    refuse_same_texts(chosen, rejected, "rejected")
     return PlainExample(prompt, chosen, rejected, line)
 
 
 def _read_message_lists(row: Row, line: int) -> ChatExample:
     chosen, rejected = (read_conversation(required(row, name), name) for name in ("chosen", "rejected"))
-    return _repeating_nothing_else(
-        row, split_conversations(chosen, rejected, read_tools(row), line), "prompt", "system"
-    )
+    example = split_conversations(chosen, rejected, read_tools(row), line)
+    refuse_what_messages_leave_out(row, example, "prompt", "system")
+    return example
 
 
 def _read_text(row: Row, line: int) -> TextExample:
-    chosen, rejected = (_whole_text(required(row, name), name) for name in ("chosen", "rejected"))
-    _refuse_what_text_leaves_out(row)
-    return _text_example(chosen, rejected, "rejected", line)
+    chosen, rejected = (read_whole_text(required(row, name), name) for name in ("chosen", "rejected"))
+    refuse_what_text_leaves_out(row)
+    refuse_same_texts(chosen, rejected, "rejected")
+    return TextExample(chosen, rejected, line)
 
 
 def _read_samples(row: Row, line: int) -> PreferenceExample:
@@ -223,9 +219,10 @@ def _read_samples(row: Row, line: int) -> PreferenceExample:
         return split_conversations(chosen, rejected, tools, line)
     if forms == {"text"}:
         chosen_text, rejected_text = (
-            _whole_text(samples[index], f"samples[{index}]") for index in (best, worst)
+            read_whole_text(samples[index], f"samples[{index}]") for index in (best, worst)
         )
-        return _text_example(chosen_text, rejected_text, f"samples[{worst}]", line)
+        refuse_same_texts(chosen_text, rejected_text, f"samples[{worst}]")
+        return TextExample(chosen_text, rejected_text, line)
     raise ExampleError("samples", f"{' and '.join(sorted(forms))}; expected messages in both or text in both")
 
 
@@ -240,47 +237,6 @@ def _score(sample: Row, place: str) -> float:
     if nested is not None and nested != score:
         raise ExampleError(f"{place}.score", f"{shown(score)}, but evals.score is {shown(nested)}; keep one")
     return float(score)
-
-
-def _text_example(chosen: str, rejected: str, place: str, line: int) -> TextExample:
-    if chosen == rejected:
-        raise ExampleError(place, "chosen and rejected are identical: there is nothing to prefer")
-    return TextExample(chosen, rejected, line)
-
-
-def _whole_text(value: object, place: str) -> str:
-    return (
-        _text(required(value, "text", place), f"{place}.text")
-        if isinstance(value, dict)
-        else _text(value, place)
-    )
-
-
-def _text(value: object, place: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ExampleError(place, f"{shown(value)}; expected some text")
-    return value
-
-
-def _repeating_nothing_else(row: Row, example: ChatExample, *keys: str) -> ChatExample:
-    """Public data sets repeat a turn of the conversation beside it; anything else there would get lost."""
-    for key in keys:
-        beside = row.get(key)
-        if beside and not isinstance(beside, str):
-            raise ExampleError(key, f"{shown(beside)} beside whole conversations; put it into them")
-        if beside and beside.strip() not in [message["content"].strip() for message in example.prompt]:
-            raise ExampleError(key, f"{shown(beside)} is no turn of the conversations; put it into them")
-    return example
-
-
-def _refuse_what_text_leaves_out(row: Row) -> None:
-    for key in PROMPT_LIKE_KEYS:
-        if row.get(key) and row[key] != row.get("prompt"):
-            raise ExampleError(
-                key, "not used beside plain texts; put it into `prompt`, or write all three as messages"
-            )
-    if row.get("tools"):
-        raise ExampleError("tools", "not used beside plain texts; write the conversation as messages")
 
 
 @dataclass(frozen=True)
@@ -310,15 +266,11 @@ def _form(value: object) -> str:
     return "a list" if isinstance(value, list) else "null" if value is None else "no text"
 
 
-def _has_side(row: Row, form: str) -> bool:
-    return form in _sides(row)
-
-
 FORMATS = (
     _Format(
         "messages",
         '{"chosen": {"messages": […]}, "rejected": {"messages": […]}}',
-        lambda row: _has_side(row, "an object with messages"),
+        lambda row: "an object with messages" in _sides(row),
         _read_messages,
     ),
     _Format(
@@ -336,19 +288,19 @@ FORMATS = (
     _Format(
         "prompt-text",
         '{"prompt": "…", "chosen": "…", "rejected": "…"}',
-        lambda row: isinstance(row.get("prompt"), str) and _has_side(row, "text"),
+        lambda row: isinstance(row.get("prompt"), str) and "text" in _sides(row),
         _read_prompt_text,
     ),
     _Format(
         "message-lists",
         '{"chosen": [messages], "rejected": [messages]}',
-        lambda row: _has_side(row, "a list") and not isinstance(row.get("prompt"), list),
+        lambda row: "a list" in _sides(row) and not isinstance(row.get("prompt"), list),
         _read_message_lists,
     ),
     _Format(
         "text",
         '{"chosen": {"text": "…"}, "rejected": {"text": "…"}}',
-        lambda row: _has_side(row, "text") and row.get("prompt") is None,
+        lambda row: "text" in _sides(row) and row.get("prompt") is None,
         _read_text,
     ),
     _Format(
@@ -377,7 +329,3 @@ def _format_of(row: Row) -> _Format:
         if row.get(name) is not None and not isinstance(row[name], str | list):
             raise ExampleError(name, f"{shown(row[name])}; accepted are {ACCEPTED}")
     raise ExampleError("row", f"{keys_found(row)}; accepted are {ACCEPTED}")
-
-
-def _shapes() -> str:
-    return " | ".join(form.shape for form in FORMATS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Display:
     def __init__(self) -> None:
         from rich.console import Console
 
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # no run ends because a terminal lacks a letter
         self._console = Console(highlight=False, soft_wrap=True)
 
     @property

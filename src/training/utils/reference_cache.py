@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import random
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +35,8 @@ PROBE_PAIRS = 4
 # Kernels, thread counts and block composition move a log-probability by some 1e-5 in float32; another model
 # moves it by much more.
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.25}
+LOCK_SECONDS = 60
+_ELSEWHERE = "set FIRESTEEL_HOME to a writable folder"
 _SCHEMA_VERSION = 1
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, vals BLOB NOT NULL, crc INTEGER NOT NULL)"
@@ -74,28 +78,50 @@ class ReferenceCache:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
         except OSError as error:
-            raise ConfigError(
-                f"reference cache {path}: {error}; set FIRESTEEL_HOME to a writable folder"
-            ) from error
+            raise ConfigError(f"reference cache {path}: {error}; {_ELSEWHERE}") from error
+        with self._explained():
+            self._open()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors as ours: a file that cannot be used now, or never."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise ConfigError(f"reference cache {self._path}: {error}; {_ELSEWHERE}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(
-                f"reference cache {path}: {error}; move the file away, it will be rebuilt"
+                f"reference cache {self._path}: {error}; move the file away, it will be rebuilt"
             ) from error
 
     def _open(self) -> None:
         # Autocommit; transactions are explicit. FULL: what a run has read back must survive a power cut.
-        self._database = sqlite3.connect(self._path, timeout=60, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database = sqlite3.connect(self._path, timeout=LOCK_SECONDS, isolation_level=None)
+        self._turn_on_write_ahead_log()
         self._database.execute("PRAGMA synchronous=FULL")
-        version = self._database.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _SCHEMA_VERSION):
-            raise DataError(
-                f"reference cache {self._path}: version {version}; this program writes {_SCHEMA_VERSION}"
-            )
-        self._database.execute(_SCHEMA)
-        self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            version = self._database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _SCHEMA_VERSION):
+                raise DataError(
+                    f"reference cache {self._path}: version {version}; this program writes {_SCHEMA_VERSION}"
+                )
+            self._database.execute(_SCHEMA)
+            self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+
+    def _turn_on_write_ahead_log(self) -> None:
+        # Runs that open a new file at the same moment get "locked" from this one statement at once: SQLite's
+        # own waiting does not cover it.
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                    raise
+                time.sleep(0.02)
 
     def fill(
         self,
@@ -109,6 +135,16 @@ class ReferenceCache:
         `advance` is told how many pairs more are done. Raises `DataError` if a cached sample differs from
         what the reference computes now.
         """
+        with self._explained():
+            return self._fill(pairs, reference, advance, seed)
+
+    def _fill(
+        self,
+        pairs: Sequence[PreferencePair],
+        reference: Reference,
+        advance: Callable[[int], None],
+        seed: int,
+    ) -> tuple[list[PairLogprobs], CacheStatistics]:
         found: list[PairLogprobs] = []
         missing, damaged, tokens = 0, 0, 0
         cached: list[PreferencePair] = []

@@ -281,10 +281,8 @@ class Renderer:
 
     def question(self, text: str) -> Tokens:
         """A user message, rendered up to where the assistant answers."""
-        return (
-            self._template.ids(({"role": "user", "content": text},), None, header=True)
-            + self._template.frame.opening
-        )
+        opening = self._template.frame.opening  # first: it says what a tokenizer lacks
+        return self._template.ids(({"role": "user", "content": text},), None, header=True) + opening
 
     def answer_text(self, tokens: Sequence[int]) -> str:
         """What the assistant said, without the end of its turn."""

@@ -58,5 +58,5 @@ def keys_found(holder: Row) -> str:
 
 def excerpt(text: str, start: int = 0, length: int = 40) -> str:
     """A piece of a text, quoted."""
-    shown = json.dumps(text[start : start + length], ensure_ascii=False)
-    return shown if len(text) <= start + length else f'{shown[:-1]}…"'
+    quoted = json.dumps(text[start : start + length], ensure_ascii=False)
+    return quoted if len(text) <= start + length else f'{quoted[:-1]}…"'

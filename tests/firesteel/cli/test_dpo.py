@@ -93,18 +93,41 @@ def test_a_bad_row_is_named_by_file_and_line(config_file: Path) -> None:
     [
         ("a: [", "not YAML"),
         ("- a\n- b", "expected settings as `name: value`, found list"),
+        ("", "expected settings as `name: value`, found NoneType"),
+        (b"log_path: caf\xe9", "not UTF-8"),
         (None, "No such file"),
     ],
-    ids=["broken", "a list", "missing"],
+    ids=["broken", "a list", "empty", "not UTF-8", "missing"],
 )
-def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_config_file_that_is_none_is_refused(
+    tmp_path: Path, content: str | bytes | None, message: str
+) -> None:
     path = tmp_path / "config.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     ran = firesteel("dpo", str(path))
     assert ran.returncode == 2
     assert ran.stderr.startswith("error[config]: ")
     assert message in ran.stderr
+
+
+def test_a_name_given_whole_is_not_dropped_for_a_setting_inside_it(config_file: Path) -> None:
+    settings = yaml.safe_load(config_file.read_text())
+    config_file.write_text(yaml.safe_dump({**settings, "lr_scheduler": "cosine"}))
+    ran = firesteel("dpo", str(config_file), "--lr-scheduler.warmup-steps", "1")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(
+        "error[config]: lr_scheduler.warmup_steps: lr_scheduler is given as 'cosine'"
+    )
+
+
+def test_a_run_ends_well_where_the_output_lacks_a_letter(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ran = firesteel("dpo", str(config_file), "--eval-fraction", "0.3")
+    assert ran.returncode == 0, ran.stderr
+    assert "\\u0394logp" in ran.stdout
 
 
 def test_help_answers_at_once_and_lists_every_setting() -> None:

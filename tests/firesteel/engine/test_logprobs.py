@@ -118,6 +118,22 @@ def test_what_a_head_does_beside_a_product_counts(
     assert largest_difference(on_a_tree(base.network, data), by_itself(load_plain(tmp_path), data)) <= 1e-5
 
 
+def test_segments_of_one_length_are_not_mistaken_for_each_other(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    # Three tokens each, two roots, three levels: nothing fails by its shape, only by its numbers.
+    data = []
+    for _ in range(2):
+        root = rng.integers(2, VOCABULARY, 3)
+        for _ in range(2):
+            middle = rng.integers(2, VOCABULARY, 3)
+            data += [datum(np.concatenate([root, middle, rng.integers(2, VOCABULARY, 3)])) for _ in range(2)]
+    rows = [np.asarray(d.model_input.to_ints()) for d in data]
+    assert {segment.length for segment in pack(rows).segments} == {3}
+    ours, plain = on_a_tree(load(llama_folder).network, data), by_itself(load_plain(llama_folder), data)
+    assert largest_difference(ours, plain) <= 1e-5
+
+
 def test_a_padded_vocabulary_counts_in_the_normaliser(
     model_folders: dict[str, Path], rng: np.random.Generator
 ) -> None:
