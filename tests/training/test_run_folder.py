@@ -8,16 +8,23 @@ import pytest
 from firesteel.sdk import ConfigError
 from training.utils.run_folder import RunFolder
 
+RUN = {"log_path": "x", "base_model": "tiny-llama", "dataset": "pairs.jsonl"}
+
+
+def start(path: Path, **config: object) -> Path | None:
+    """A run that ends at once; where the one before it went."""
+    run, previous = RunFolder.start(str(path), {**RUN, **config})
+    run.close()
+    return previous
+
 
 def test_an_earlier_run_moves_aside_and_nothing_is_deleted(tmp_path: Path) -> None:
-    first, previous = RunFolder.start(str(tmp_path), {"beta": 1})
-    assert previous is None
-    first.metrics.write_text("numbers")
+    assert start(tmp_path, beta=1) is None
+    (tmp_path / "metrics.jsonl").write_text("numbers")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "notes.txt").write_text("the user's own")
     for n in (1, 2):
-        _, previous = RunFolder.start(str(tmp_path), {"beta": n + 1})
-        assert previous == tmp_path / f"previous-{n}"
+        assert start(tmp_path, beta=n + 1) == tmp_path / f"previous-{n}"
     assert (tmp_path / "previous-1/metrics.jsonl").read_text() == "numbers"
     assert (tmp_path / "previous-1/adapter").is_dir()
     configs = [tmp_path / folder / "config.json" for folder in ("previous-1", "previous-2", ".")]
@@ -28,8 +35,8 @@ def test_an_earlier_run_moves_aside_and_nothing_is_deleted(tmp_path: Path) -> No
 def test_a_gap_in_the_numbers_is_never_filled(tmp_path: Path) -> None:
     (tmp_path / "previous-7").mkdir(parents=True)
     (tmp_path / "previous-old").mkdir()
-    RunFolder.start(str(tmp_path), {})
-    assert RunFolder.start(str(tmp_path), {})[1] == tmp_path / "previous-8"
+    start(tmp_path)
+    assert start(tmp_path) == tmp_path / "previous-8"
 
 
 def test_a_path_that_cannot_be_a_folder_is_refused_by_its_setting(tmp_path: Path) -> None:
@@ -39,5 +46,24 @@ def test_a_path_that_cannot_be_a_folder_is_refused_by_its_setting(tmp_path: Path
 
 
 def test_the_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    RunFolder.start(str(tmp_path / "a/b"), {})
+    start(tmp_path / "a/b")
     assert (tmp_path / "a/b/config.json").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"holds config\.json, model, but is not the folder of a run"):
+        RunFolder.start(str(tmp_path), RUN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model").rmdir()
+    assert start(tmp_path) is None  # the refusal left no lock behind
+
+
+def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path: Path) -> None:
+    first, _ = RunFolder.start(str(tmp_path), RUN)
+    with pytest.raises(ConfigError, match="another run is writing to"):
+        RunFolder.start(str(tmp_path), RUN)
+    first.close()
+    assert start(tmp_path) == tmp_path / "previous-1"

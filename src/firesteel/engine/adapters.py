@@ -41,6 +41,9 @@ class Adapter:
         with torch.random.fork_rng(devices=[]), _expecting_several_adapters():
             torch.manual_seed(config.seed)
             inject_adapter_in_model(self._peft_config, base.network, adapter_name=name)
+        if base.network.dtype is torch.bfloat16:
+            for parameter in self.parameters().values():
+                parameter.data = parameter.data.float()  # in bfloat16 its steps would be rounded away
         base.network.eval()
         switch_adapter(base.network, None)
 

@@ -101,7 +101,9 @@ class Engine:
         except FiresteelError as error:
             _forget_frames(error)
             future.set_exception(error)
-        except Exception as error:  # the border: any failure becomes its operation's result
+        except BaseException as error:
+            # The border: any failure becomes its operation's result. Libraries written in Rust panic with a
+            # BaseException; letting it pass would end this thread and leave every waiting future hanging.
             logger.debug("%s failed", operation_name(operation), exc_info=True)
             failure = OperationFailed(f"{operation_name(operation)}: {type(error).__name__}: {error}")
             failure.__cause__ = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +106,12 @@ def why_not_tree(network: PreTrainedModel) -> str | None:
 
 
 def _unsuitable_layers(config: Any) -> str | None:
+    # These choose their frequencies by the largest position of the whole input: in a packed row a short
+    # sequence would be turned by the factors of its longest neighbour.
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds_of_rope = {str(rope.get("rope_type", rope.get("type"))) for rope in _rope_settings(ropes)}
+    if by_length := kinds_of_rope & {"longrope", "dynamic", "su"}:
+        return f"its position embedding depends on the length of the input ({', '.join(sorted(by_length))})"
     kinds = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
     window = getattr(config, "sliding_window", None)
     reaches_all = window is None or window >= config.max_position_embeddings
@@ -115,6 +122,12 @@ def _unsuitable_layers(config: Any) -> str | None:
     if not reaches_all and getattr(config, "use_sliding_window", True):
         return f"it attends to a sliding window of {window} tokens"
     return None
+
+
+def _rope_settings(ropes: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One mapping for the model, or one for each kind of layer."""
+    nested = [value for value in ropes.values() if isinstance(value, Mapping)]
+    return nested or [ropes]
 
 
 def _wrong_on_a_small_tree(network: PreTrainedModel) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from firesteel.engine.attention import using_attention
 from firesteel.engine.models import BaseModel
@@ -28,7 +31,11 @@ def sample(
         raise OperationError(f"sample: a prompt token is outside the {base.vocabulary} tokens of {base.name}")
     stop = _stop_tokens(base, params)
     ids = torch.tensor([tokens], device=base.network.device)
-    with torch.random.fork_rng(devices=[]), using_attention(base.network, base.native_attention):
+    with (
+        torch.random.fork_rng(devices=[]),
+        using_attention(base.network, base.native_attention),
+        _own_settings_only(base.network),
+    ):
         # Without a seed each call draws anew; the process's own random state moves in neither case.
         torch.manual_seed(torch.seed() if params.seed is None else params.seed)
         output = base.network.generate(
@@ -41,6 +48,17 @@ def sample(
         _cut(answer, scores, stop)
         for answer, scores in zip(output.sequences[:, len(tokens) :], steps, strict=True)
     ]
+
+
+@contextmanager
+def _own_settings_only(network: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a call leaves open from the model's file: penalties, beams, suppressed tokens."""
+    shipped = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        network.generation_config = shipped
 
 
 def _stop_tokens(base: BaseModel, params: SamplingParams) -> list[int]:

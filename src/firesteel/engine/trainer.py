@@ -21,7 +21,7 @@ from firesteel.engine.losses import datum_loss
 from firesteel.engine.models import BaseModel
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
-from firesteel.sdk.errors import OperationError
+from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, IntArray, LoraConfig
 from firesteel.store import quiet_transformers
 
@@ -58,6 +58,11 @@ class Trainer:
         self._lost_gradient: str | None = None
         self._added = False  # whether the running backward has changed the gradient
         if trainable:
+            if self._adapter is None and base.network.dtype is torch.bfloat16:
+                raise ModelError(
+                    f"{base.name}: training all weights in bfloat16 rounds most steps away, and float32 master "
+                    f"weights are not built yet; use a shape of dtype float32, or LoRA"
+                )
             if self._adapter is None:
                 base.network.requires_grad_(True)
             self._optimizer = Optimizer(self._trained_parameters())

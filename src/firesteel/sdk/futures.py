@@ -30,14 +30,15 @@ class APIFuture(Generic[T]):
         self._name = name
         self._convert = convert
         self._read = False
+        self.thread = threading.get_ident()
+        """The thread that asked for the operation."""
 
     def result(self, timeout: float | None = None) -> T:
         """Wait up to `timeout` seconds (None = for ever) for the result; raises the operation's error.
 
         `TimeoutError` leaves the operation running and its outcome unread.
         """
-        error = self._future.exception(timeout)
-        self._read = True
+        error = self.exception(timeout)
         if error is not None:
             raise error
         value = self._future.result()
@@ -49,9 +50,13 @@ class APIFuture(Generic[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The operation's error or None, waiting for it."""
-        error = self._future.exception(timeout)
+        # Read from the moment somebody waits: another thread's next call must not raise it as well.
         self._read = True
-        return error
+        try:
+            return self._future.exception(timeout)
+        except BaseException:
+            self._read = False
+            raise
 
     async def result_async(self, timeout: float | None = None) -> T:
         """`result`, for use in a coroutine."""
@@ -88,7 +93,8 @@ class Ledger:
     """The futures that one client has given out, until they are read or known to be well.
 
     A loop may never look at the result of `optim_step`; its failure must not pass unseen. It is raised by
-    the client's next call, or by `close()`; at interpreter exit it is printed and the exit status is 1.
+    the next call on the client by the thread that sent it, or by `close()`; at interpreter exit it is printed
+    and the exit status is 1. Other threads do not get it: its own may be just about to look.
     """
 
     def __init__(self) -> None:
@@ -103,11 +109,14 @@ class Ledger:
             self._futures.append(future)
         return future
 
-    def raise_unread(self) -> None:
+    def raise_unread(self, of_all_threads: bool = False) -> None:
         """Raise the first failure that nobody read (once); the others are told in its notes."""
+        here = threading.get_ident()
         with self._lock:
-            failed = [future for future in self._futures if future.unread_failure() is not None]
-            self._futures = [future for future in self._futures if not future.done()]
+            unread = [future for future in self._futures if future.unread_failure() is not None]
+            failed = [future for future in unread if of_all_threads or future.thread == here]
+            kept = [future for future in unread if future not in failed]
+            self._futures = [future for future in self._futures if not future.done() or future in kept]
         if not failed:
             return
         first = failed[0].exception()
@@ -128,7 +137,7 @@ class Ledger:
         """Wait for everything, stop watching, and raise what nobody read."""
         self.wait()
         _open_ledgers.discard(self)
-        self.raise_unread()
+        self.raise_unread(of_all_threads=True)
 
 
 _open_ledgers: set[Ledger] = set()

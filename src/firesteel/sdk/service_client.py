@@ -103,24 +103,34 @@ class ServiceClient:
     ) -> TrainingClient:
         """A frozen model that gives the base model's log-probabilities, by the rule of `decide_reference`.
 
-        With a shared reference, `policy_client` says whose base it is (default: the policy created last).
+        With a shared reference, `policy_client` says whose base it is (default: the newest LoRA policy on that
+        model). Raises `ConfigError` if there is no such policy.
         """
         rank = self._agreed("lora_rank", lora_rank, self.provisioning.lora_rank) or 0
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         strategy = decide_reference(rank, self.provisioning.reference_training_shape_id)
         if strategy is ReferenceStrategy.SHARED:
-            policy = policy_client or (self._policies[-1] if self._policies else None)
-            if policy is None:
-                raise ConfigError(
-                    "create_reference_client: a LoRA reference shares the policy's base model, "
-                    "and there is no policy yet; call create_training_client first"
-                )
+            policy = self._policy_on(model, policy_client)
             client = self._create(CreateBaseReference(policy.model_id))
         else:
             shape = self._resolve(model, REFERENCE_MODES, self.provisioning.reference_training_shape_id)
             client = self._create(CreateModel(model, shape, trainable=False))
         self._references.append((strategy, client))
         return client
+
+    def _policy_on(self, model: str, asked: TrainingClient | None) -> TrainingClient:
+        """The LoRA policy whose base a reference of this model may share: the one asked for, or the newest."""
+        candidates = [asked] if asked is not None else list(reversed(self._policies))
+        for policy in candidates:
+            if policy.description.lora_rank and policy.description.base_model == model:
+                return policy
+        found = ", ".join(
+            f"{p.model_id} ({p.description.base_model}, rank {p.description.lora_rank})" for p in candidates
+        )
+        raise ConfigError(
+            f"create_reference_client: a LoRA reference shares the base of a LoRA policy on {model!r}, "
+            f"and there is none (there is: {found or 'no policy'}); call create_training_client first"
+        )
 
     @property
     def trainer_job_id(self) -> str | None:

@@ -200,7 +200,13 @@ def _differentiate(
     import torch
 
     leaves = [torch.tensor(o["logprobs"].to_numpy(), requires_grad=True) for o in output.loss_fn_outputs]
-    loss, metrics = loss_fn(data, leaves)
+    with torch.enable_grad():  # whatever the caller has switched off around this
+        returned = loss_fn(data, leaves)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        raise OperationError(
+            f"the custom loss must return (scalar tensor, dict of numbers), not {returned!r:.80}"
+        )
+    loss, metrics = returned
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise OperationError("the custom loss must return (scalar tensor, dict of numbers)")
     if not math.isfinite(loss.item()):

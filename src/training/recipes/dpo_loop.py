@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,17 +160,17 @@ def main(config: Config) -> RunSummary:
         split = split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
 
     run, previous = RunFolder.start(config.log_path, config.resolved())
-    if previous:
-        display.say(f"{config.log_path} held an earlier run: moved to {previous}")
-    for rows in filter(None, (train_rows, heldout_rows)):
-        write_row_outcomes(run.bad_rows, rows.file.path, rows.dropped)
-        display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.dropped else ""))
-    metrics = MetricsLog(run.metrics, config.wandb, config.resolved())
-    try:
-        with build_service(config) as service:
+    with closing(run):
+        if previous:
+            display.say(f"{config.log_path} held an earlier run: moved to {previous}")
+        for rows in filter(None, (train_rows, heldout_rows)):
+            write_row_outcomes(run.bad_rows, rows.file.path, rows.dropped)
+            display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.dropped else ""))
+        with (
+            closing(MetricsLog(run.metrics, config.wandb, config.resolved())) as metrics,
+            build_service(config) as service,
+        ):
             return train(Run(config, split, renderer, run, metrics, display), service)
-    finally:
-        metrics.close()
 
 
 @dataclass(frozen=True)
