@@ -44,7 +44,9 @@ def test_the_built_in_catalogue_has_the_models_and_a_shape_of_each_mode_on_each_
     assert catalog.resolve_model("smollm2-135m-instruct").kind == "pypi"
     for mode in Mode:
         assert catalog.select_shape("tiny-llama", mode, 1024, ["cpu"]).dtype == "float32"
-        assert catalog.select_shape("tiny-llama", mode, 1024, ["cuda", "cpu"]).dtype == "bfloat16"
+        # Weights that are trained stay in float32, where small steps are not rounded away.
+        on_gpu = "float32" if mode is Mode.POLICY_TRAINER else "bfloat16"
+        assert catalog.select_shape("tiny-llama", mode, 1024, ["cuda", "cpu"]).dtype == on_gpu
 
 
 def test_a_catalogue_file_adds_entries_and_replaces_those_of_the_same_name(write) -> None:

@@ -368,3 +368,23 @@ def test_transformers_reads_an_exported_model_as_we_do(
     assert np.abs(ours - before).max() > 0.01
     # Writing has not put the model on another path.
     assert np.array_equal(everything(trainer, rows), ours)
+
+
+def test_an_adapter_on_a_bfloat16_base_is_float32_and_small_steps_move_it(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    trainer = lora_trainer(load(llama_folder, "bfloat16"))
+    before = {name: p.detach().clone() for name, p in trained_parameters(trainer).items()}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    data = make_pairs(rng, 2)
+    for _ in range(2):  # B is 0 at first, and with it the gradient of A
+        trainer.forward_backward(sequences(data), built_in_loss("cross_entropy", data, None))
+        trainer.optim_step(AdamParams(learning_rate=1e-5))
+    moved = [float((p != before[name]).float().mean()) for name, p in trained_parameters(trainer).items()]
+    assert min(moved) > 0.9
+
+
+def test_all_weights_are_not_trained_in_bfloat16(llama_folder: str) -> None:
+    with pytest.raises(ModelError, match="bfloat16 rounds most steps away"):
+        Trainer(load(llama_folder, "bfloat16"), "full", None, trainable=True)
+    Trainer(load(llama_folder, "bfloat16"), "reference", None, trainable=False)

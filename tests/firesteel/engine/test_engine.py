@@ -567,3 +567,20 @@ def test_nothing_of_an_operation_stays_alive_while_the_engine_waits(engine, poli
     gc.collect()
     assert asked() is None
     assert answer() is None
+
+
+def test_a_panic_fails_its_operation_and_the_engine_goes_on(engine, policy, data, monkeypatch) -> None:
+    """Panics of libraries written in Rust are no `Exception`; one ended the thread, and all futures hung."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*arguments: object, **settings: object) -> None:
+        raise Panic("rust panicked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "logsumexp", panic)
+        future = engine.submit(Forward(policy, 1, data))
+        with pytest.raises(OperationFailed, match="Panic: rust panicked"):
+            future.result(30)
+    assert engine.submit(Forward(policy, 2, data)).result(30).metrics

@@ -26,15 +26,16 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Lfm2Config,
+    LlamaConfig,
     MistralConfig,
     MptConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from conftest import VOCABULARY, make_datum
+from conftest import ARCHITECTURES, VOCABULARY, make_datum
 from firesteel.engine.models import numerics_identity, weights_identity
-from firesteel.engine.trainer import built_in_loss
+from firesteel.engine.trainer import Trainer, built_in_loss
 from plain import load_plain, plain_logprobs
 
 SMALL = {
@@ -220,3 +221,27 @@ def test_numerics_name_the_dtype_and_the_attention_path(llama_folder: str, folde
     assert len({single, double, plain}) == 3
     assert "float32" in single
     assert "float64" in double
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_position_embedding_that_depends_on_the_inputs_length_takes_the_plain_path(
+    tmp_path: Path, rng: np.random.Generator, kind: str
+) -> None:
+    """In a packed row a short sequence was turned by its longest neighbour's factors: 0.6 nats off."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "attention_factor": 1.0}
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        **(factors if kind == "longrope" else {}),
+    }
+    sizes = ARCHITECTURES["llama"].to_dict() | {"rope_parameters": rope}
+    base = load(save(LlamaConfig(**{k: v for k, v in sizes.items() if k != "rope_scaling"}), tmp_path))
+    assert base.attention == "plain"
+    short, long = (make_datum(rng.integers(2, VOCABULARY, n), 5) for n in (20, 90))
+    trainer = Trainer(base, "reference", None, trainable=False)
+    loss = built_in_loss("cross_entropy", [short, long], None)
+    alone = trainer.forward(sequences([short]), loss).logprobs[0]
+    together = trainer.forward(sequences([short, long]), loss).logprobs[0]
+    np.testing.assert_array_equal(alone, together)

@@ -190,3 +190,19 @@ def test_sampling_between_a_backward_and_its_step_changes_no_number(
     assert added.keys() == added_too.keys()
     assert all(torch.equal(added[n], added_too[n]) for n in added)
     assert all(torch.equal(weights[n], weights_too[n]) for n in weights)
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"suppress_tokens": [5, 6]}],
+    ids=lambda shipped: next(iter(shipped)),
+)
+def test_what_the_models_generation_file_sets_changes_no_answer(
+    llama_folder: str, prompt: list[int], shipped: dict[str, object]
+) -> None:
+    trainer = full_trainer(llama_folder)
+    plain = continued(trainer, prompt, GREEDY)
+    for name, value in shipped.items():
+        setattr(trainer.base.network.generation_config, name, value)
+    assert continued(trainer, prompt, GREEDY) == plain
+    assert all(getattr(trainer.base.network.generation_config, n) == v for n, v in shipped.items())

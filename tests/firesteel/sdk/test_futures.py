@@ -313,3 +313,36 @@ def test_an_uncaught_exception_still_exits_1_after_the_queue_is_done(outcomes) -
     assert outcome.status == 1
     assert "KeyError: 'mine'" in outcome.stderr
     assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_a_failure_is_raised_in_the_thread_that_caused_it_and_in_no_other() -> None:
+    ledger = Ledger()
+    failing: Future[None] = Future()
+    ledger.track(APIFuture(failing, "bad"))
+    failing.set_exception(OperationError("of the first thread"))
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            ledger.raise_unread()
+        except OperationError as error:
+            raised.append(error)
+
+    other = threading.Thread(target=call)
+    other.start()
+    other.join()
+    assert raised == []
+    with pytest.raises(OperationError, match="of the first thread"):
+        ledger.raise_unread()
+    ledger.close()
+
+
+def test_closing_raises_the_failures_of_every_thread() -> None:
+    ledger = Ledger()
+    failing: Future[None] = Future()
+    failing.set_exception(OperationError("of another thread"))
+    other = threading.Thread(target=lambda: ledger.track(APIFuture(failing, "bad")))
+    other.start()
+    other.join()
+    with pytest.raises(OperationError, match="of another thread"):
+        ledger.close()

@@ -161,7 +161,7 @@ def test_a_lora_reference_before_any_policy_is_refused(connect) -> None:
 
 def test_a_policy_that_trains_all_weights_has_no_base_to_share(connect) -> None:
     full = connect(lora_rank=0).create_training_client()
-    with pytest.raises(OperationError, match=f"{full.model_id} trains all its weights"):
+    with pytest.raises(ConfigError, match=f"there is none \\(there is: {full.model_id} "):
         connect(lora_rank=2).create_reference_client(policy_client=full)
 
 
@@ -378,3 +378,19 @@ def test_a_close_after_the_engine_is_gone_is_quiet_about_it(connect, engine) -> 
     with pytest.raises(ClosedError):
         service.close()
     service.close()
+
+
+def test_a_shared_reference_is_of_the_model_asked_for(engine, model_folders, data) -> None:
+    """The newest policy's base was given, whatever model was asked for."""
+    llama, qwen = str(model_folders["llama"]), str(model_folders["qwen2"])
+    service = ServiceClient(engine, Provisioning())
+    first = service.create_training_client(llama, lora_rank=2)
+    service.create_training_client(qwen, lora_rank=2)
+    service.create_training_client(llama)  # all weights: it has no base to share
+    reference = service.create_reference_client(llama, lora_rank=2)
+    assert reference.description.base_model == llama
+    assert base_of(engine, reference) is base_of(engine, first)
+    with pytest.raises(ConfigError, match="a LoRA policy on 'other', and there is none"):
+        service.create_reference_client("other", lora_rank=2)
+    with pytest.raises(ConfigError, match="and there is none"):
+        service.create_reference_client(qwen, lora_rank=2, policy_client=first)

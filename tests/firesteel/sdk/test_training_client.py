@@ -516,3 +516,17 @@ def test_threads_that_share_a_client_keep_its_order(make, data) -> None:
 
 def test_the_package_gives_the_way_in() -> None:
     assert firesteel.connect is firesteel.connection.connect
+
+
+@pytest.mark.parametrize("returned", [None, "loss", ["a", "list"]], ids=["nothing", "text", "a list"])
+def test_a_custom_loss_that_returns_something_else_is_refused_with_it(client, data, returned: object) -> None:
+    with pytest.raises(OperationError, match="must return .scalar tensor, dict of numbers., not"):
+        client.forward_backward_custom(data, lambda data, logprobs: returned)
+
+
+def test_a_custom_loss_has_a_gradient_even_where_the_caller_switched_gradients_off(client, data) -> None:
+    with torch.no_grad():
+        client.forward_backward_custom(
+            data, lambda data, rows: (-sum(row.sum() for row in rows), {})
+        ).result()
+    assert client.optim_step(AdamParams(1e-3)).metrics["grad_norm"] > 0
