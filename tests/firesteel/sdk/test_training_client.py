@@ -520,7 +520,7 @@ def test_the_package_gives_the_way_in() -> None:
 
 @pytest.mark.parametrize("returned", [None, "loss", ["a", "list"]], ids=["nothing", "text", "a list"])
 def test_a_custom_loss_that_returns_something_else_is_refused_with_it(client, data, returned: object) -> None:
-    with pytest.raises(OperationError, match="must return .scalar tensor, dict of numbers., not"):
+    with pytest.raises(OperationError, match=r"must return .scalar tensor, dict of numbers., not"):
         client.forward_backward_custom(data, lambda data, logprobs: returned)
 
 
