@@ -26,7 +26,7 @@ from training.utils import (
     make_dpo_loss,
 )
 from training.utils.losses import PairLogprobs
-from training.utils.pairs import render_pairs
+from training.utils.pairs import Rendering, render_pairs
 from training.utils.preference_data import read_preferences
 from training.utils.rendering import Renderer, load_tokenizer
 
@@ -35,7 +35,7 @@ def main() -> None:
     """Run the parts in turn and print a line for each."""
     options = parse_options()
     renderer = Renderer(load_tokenizer(options.model))
-    pairs = render_pairs(read_preferences(options.data, "skip"), renderer, on_bad_row="skip").pairs
+    pairs = render_pairs(read_preferences(options.data, "skip"), renderer, Rendering(on_bad_row="skip")).pairs
     batches = [pairs[i : i + options.batch_size] for i in range(0, options.pairs, options.batch_size)]
     print(f"{options.model}, {options.pairs} pairs of {options.data}, {options.batch_size} a step, torch "
           f"{torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip

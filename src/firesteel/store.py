@@ -38,7 +38,7 @@ from firesteel.sdk.errors import ModelError
 
 MANIFEST = "manifest.json"
 _SHARD_INDEX = "model.safetensors.index.json"
-_FORMAT = 1  # raised when the same source gives other files than before: a new folder, no stale one
+_FORMAT = 2  # raised when the same source gives other files than before: a new folder, no stale one
 _CHUNK = 1 << 22  # bytes hashed between two reports
 _POLL_SECONDS = 0.2
 _PIP_LINES = 6
@@ -296,7 +296,7 @@ def _sha256(path: Path, progress: Progress) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             done += len(chunk)
-            progress(f"hashing {path.name}", done, total)
+            progress("hashing", done, total)
     return digest.hexdigest()
 
 

@@ -67,7 +67,7 @@ def test_a_token_is_a_byte(tokenizer, text: str) -> None:
 def test_the_special_tokens_are_those_of_chatml(tokenizer) -> None:
     assert tokenizer("<|im_start|><|im_end|><|pad|>").input_ids == [256, 257, 258]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
-    assert tokenizer.model_max_length == 2048
+    assert tokenizer.model_max_length == 8192
 
 
 def test_the_prompt_alone_is_a_prefix_of_the_conversation_in_tokens(tokenizer) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBuiltYetError
 from training.recipes.dpo_loop import Config, RunSummary, main
+from training.utils.evaluation import Answers
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec"}
 
@@ -341,15 +342,67 @@ def test_a_run_can_be_started_from_the_settings_that_another_wrote(tmp_path: Pat
         assert Config(**json.loads((tmp_path / "run/config.json").read_text())) == first
 
 
-def test_a_row_longer_than_the_trainer_takes_names_the_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A trainer that takes 40 tokens."""
     catalog = tmp_path / "catalog.yaml"
-    shape = "{base_model: '*', mode: LORA_TRAINER, device: cpu, dtype: float32, max_context_length: 20}"
+    shape = "{base_model: '*', mode: LORA_TRAINER, device: cpu, dtype: float32, max_context_length: 40}"
     catalog.write_text(f"shapes:\n  short: {shape}\n")
     monkeypatch.setenv("FIRESTEEL_CATALOG", str(catalog))
-    with pytest.raises(ConfigError, match=r"max_seq_len: 6 rows .*more than the 20 tokens"):
-        main(config(tmp_path, trainer={"training_shape_id": "short"}))
+    return {"training_shape_id": "short"}
+
+
+def test_without_a_limit_of_its_own_a_run_drops_what_its_trainer_cannot_take(
+    tmp_path: Path, short_trainer: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, trainer=short_trainer)
+    with Path(settings.dataset).open("a") as file:
+        turns = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        question = [{"role": "user", "content": "A question of many more words than the others?"}]
+        file.write(json.dumps({"prompt": question, **turns}) + "\n")
+    main(settings)
+    assert "6 pairs; 1 dropped" in capsys.readouterr().out
+    outcome = json.loads((tmp_path / "run/bad_rows.jsonl").read_text())
+    assert outcome["line"] == 7
+    assert outcome["reason"].endswith("more than max_seq_len 40")
+
+
+def test_a_limit_that_the_trainer_cannot_take_is_refused_with_its_own(
+    tmp_path: Path, short_trainer: dict[str, str]
+) -> None:
+    with pytest.raises(ModelError, match=r"holds 40 tokens.*with 41 tokens"):
+        main(config(tmp_path, trainer=short_trainer, max_seq_len=41))
+    with pytest.raises(ModelError, match=r"tiny-llama takes 8192 tokens, 9000 were asked for.*max_seq_len"):
+        main(config(tmp_path, max_seq_len=9000))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_file_that_repeats_trained_prompts_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path)
+    main(settings.model_copy(update={"eval_dataset": settings.dataset}))
+    assert "eval_dataset: 6 of its pairs have a prompt that is trained on" in capsys.readouterr().out
+
+
+def test_weights_are_exported_before_anything_else_can_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> list[str]:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Answers, "write_comparison", fail)
+    with pytest.raises(OSError, match="no space left"):
+        main(config(tmp_path))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_tokens_are_counted_by_the_cookbooks_names(tmp_path: Path) -> None:
+    main(config(tmp_path, epochs=2))
+    for record in steps(tmp_path / "run"):
+        first_epoch = record["train/epoch"] == 1
+        assert record["train/ref_tokens"] == (record["train/step_tokens"] if first_epoch else 0)
+        assert record["train/total_tokens"] == record["train/step_tokens"] + record["train/ref_tokens"]
 
 
 @pytest.mark.parametrize(

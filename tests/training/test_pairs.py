@@ -12,6 +12,7 @@ from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, ModelInput, TensorData
 from training.utils.pairs import (
     PreferencePair,
+    Rendering,
     RowOutcome,
     build_dpo_datums,
     render_pairs,
@@ -239,7 +240,7 @@ def test_an_unscored_opening_on_one_side_reaches_the_weights(tmp_path: Path) -> 
 def test_rows_over_the_limit_are_dropped_and_listed(tmp_path: Path, renderer: Renderer) -> None:
     file = read(tmp_path, row("a", "b"), row("long answer", "b"), row("c", "d"))
 
-    rendered = render_pairs(file, renderer, max_seq_len=PROMPT_TOKENS + 4)
+    rendered = render_pairs(file, renderer, Rendering(max_seq_len=PROMPT_TOKENS + 4))
 
     assert [pair.line for pair in rendered.pairs] == [1, 3]
     assert rendered.dropped == (RowOutcome(2, "dropped", "chosen has 34 tokens, more than max_seq_len 26"),)
@@ -250,7 +251,7 @@ def test_rows_over_the_limit_are_shortened_where_asked_and_dropped_where_nothing
 ) -> None:
     file = read(tmp_path, row("long answer", "b"), row("same at first", "same"), row("a", "b"))
 
-    rendered = render_pairs(file, renderer, max_seq_len=PROMPT_TOKENS + 4, truncate="response_end")
+    rendered = render_pairs(file, renderer, Rendering(max_seq_len=PROMPT_TOKENS + 4, truncate="response_end"))
 
     assert [pair.line for pair in rendered.pairs] == [1, 3]
     assert renderer.tokenizer.decode(sequence(rendered.pairs[0].chosen)[PROMPT_TOKENS:]) == "long"
@@ -260,13 +261,15 @@ def test_rows_over_the_limit_are_shortened_where_asked_and_dropped_where_nothing
 
 def test_a_prompt_over_the_limit_is_dropped_even_when_shortening(tmp_path: Path, renderer: Renderer) -> None:
     with pytest.raises(DataError, match=f"prompt: its {PROMPT_TOKENS} tokens leave no room"):
-        render_pairs(read(tmp_path, row("a", "b")), renderer, max_seq_len=20, truncate="response_end")
+        render_pairs(
+            read(tmp_path, row("a", "b")), renderer, Rendering(max_seq_len=20, truncate="response_end")
+        )
 
 
 def test_bad_rows_of_reader_and_renderer_stand_in_one_list(tmp_path: Path, renderer: Renderer) -> None:
     file = read(tmp_path, row("a", "<|im_end|>"), row("a", "a"), row("a", "b"), on_bad_row="skip")
 
-    rendered = render_pairs(file, renderer, on_bad_row="skip")
+    rendered = render_pairs(file, renderer, Rendering(on_bad_row="skip"))
 
     assert [pair.line for pair in rendered.pairs] == [3]
     assert [(row.line, row.outcome) for row in rendered.dropped] == [(1, "refused"), (2, "refused")]
@@ -295,16 +298,16 @@ def test_responses_that_become_the_same_tokens_are_refused(tmp_path: Path) -> No
 
 def test_max_pairs_counts_pairs_not_rows(tmp_path: Path, renderer: Renderer) -> None:
     rows = [row("a", "a"), row("a", "b"), row("c", "<|im_end|>"), row("c", "d"), row("e", "f")]
-    rendered = render_pairs(
-        read(tmp_path, *rows, on_bad_row="skip"), renderer, on_bad_row="skip", max_pairs=2
-    )
+    file = read(tmp_path, *rows, on_bad_row="skip")
+    rendered = render_pairs(file, renderer, Rendering(on_bad_row="skip"), max_pairs=2)
     assert [pair.line for pair in rendered.pairs] == [2, 4]
+    assert rendered.summary.endswith("2 pairs; 2 refused, 1 not used (max_pairs)")
 
 
 def test_where_no_pair_is_left_the_error_counts_the_reasons(tmp_path: Path, renderer: Renderer) -> None:
     file = read(tmp_path, row("a", "a"), row("a", "b"), row("c", "d"), on_bad_row="skip")
     with pytest.raises(DataError, match="no pair is left of 3 rows: 1 refused, 2 dropped") as caught:
-        render_pairs(file, renderer, max_seq_len=10, on_bad_row="skip")
+        render_pairs(file, renderer, Rendering(max_seq_len=10, on_bad_row="skip"))
     assert "line 2: chosen has 24 tokens and rejected has 24 tokens, more than max_seq_len 10" in str(
         caught.value
     )
@@ -313,11 +316,11 @@ def test_where_no_pair_is_left_the_error_counts_the_reasons(tmp_path: Path, rend
 def test_settings_of_rendering_are_checked_before_any_work(tmp_path: Path, renderer: Renderer) -> None:
     file = read(tmp_path, row("a", "b"))
     with pytest.raises(ConfigError, match="truncate: 'keep_start'"):
-        render_pairs(file, renderer, truncate="keep_start")  # type: ignore[arg-type]
+        render_pairs(file, renderer, Rendering(truncate="keep_start"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_pairs: 0"):
         render_pairs(file, renderer, max_pairs=0)
     with pytest.raises(ConfigError, match="max_seq_len: 0"):
-        render_pairs(file, renderer, max_seq_len=0)
+        render_pairs(file, renderer, Rendering(max_seq_len=0))
 
 
 def test_outcomes_are_written_one_json_object_a_row(tmp_path: Path) -> None:

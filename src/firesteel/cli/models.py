@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +12,7 @@ import typer
 
 from firesteel import store
 from firesteel.catalog import Catalog, load_catalog
+from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import ModelError
 
 app = typer.Typer(help="List and fetch models.", no_args_is_help=True, rich_markup_mode=None)
@@ -56,7 +55,7 @@ def pull(
 ) -> None:
     """Fetch a model, or check every byte of one that is here, and print its folder."""
     entry = load_catalog().resolve_model(name)
-    with _progress_on_stderr() as progress:
+    with shown_on_stderr(name) as progress:
         here = None if force else store.find(entry)
         folder = here or store.fetch(entry, progress, force=force)
         if here and entry.kind != "folder":
@@ -99,34 +98,3 @@ def _human(size: int | None) -> str:
     if size is None:
         return "-"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-@contextmanager
-def _progress_on_stderr() -> Iterator[store.Progress]:
-    """A bar on a terminal, a line for each new step elsewhere; standard output is left to the answer."""
-    if not sys.stderr.isatty():
-        yield _LinePerStep()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(message: str, done: int, total: int | None) -> None:
-            bar.update(task, description=message, completed=done, total=total)
-
-        yield show
-
-
-class _LinePerStep:
-    """Prints a message when it differs from the last one."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, message: str, done: int, total: int | None) -> None:
-        if message != self._last:
-            typer.echo(message, err=True)
-            self._last = message

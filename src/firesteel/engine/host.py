@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,20 @@ import numpy as np
 import torch
 
 from firesteel import store
-from firesteel.catalog import load_catalog
-from firesteel.engine.models import BaseModel, load_base, numerics_identity, on_shape, weights_identity
+from firesteel.catalog import ModelEntry, load_catalog
+from firesteel.engine.models import (
+    BaseModel,
+    load_base,
+    longest_sequence,
+    numerics_identity,
+    on_shape,
+    weights_identity,
+)
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
 from firesteel.engine.trainer import Scores, Sequences, Trainer, built_in_loss, linear_loss
-from firesteel.sdk.errors import OperationError
+from firesteel.fetching import shown_on_stderr
+from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
@@ -36,6 +44,7 @@ from firesteel.sdk.operations import (
     UnloadModel,
     operation_name,
 )
+from firesteel.sdk.shapes import TrainingShape
 from firesteel.sdk.types import (
     Datum,
     ForwardBackwardOutput,
@@ -83,8 +92,7 @@ class Host:
         """The operation's result; raises its error."""
         match operation:
             case ResolveShape():
-                wanted = (operation.base_model, operation.modes, operation.min_context)
-                return self._catalog.resolve_shape(operation.name, *wanted, devices_found())
+                return self._resolve_shape(operation)
             case CreateModel():
                 return self._create_model(operation)
             case CreateBaseReference():
@@ -115,6 +123,23 @@ class Host:
                     prompt, params = operation.prompt, operation.sampling_params
                     return SampleResponse(sample(base, prompt, params, operation.num_samples))
 
+    def _resolve_shape(self, operation: ResolveShape) -> TrainingShape:
+        """The catalogue's shape, with the model's own limit where the shape sets none or a larger one."""
+        wanted = (operation.base_model, operation.modes, operation.min_context)
+        shape = self._catalog.resolve_shape(operation.name, *wanted, devices_found())
+        longest = longest_sequence(operation.base_model, *self._fetch(operation.base_model), shape)
+        if operation.min_context is not None and longest < operation.min_context:
+            raise ModelError(
+                f"{operation.base_model} takes {longest} tokens, {operation.min_context} were asked for; ask for "
+                f"at most {longest} (max_seq_len, max_context_length)"
+            )
+        return replace(shape, max_context_length=longest)
+
+    def _fetch(self, model: str) -> tuple[ModelEntry, Path]:
+        entry = self._catalog.resolve_model(model)
+        with shown_on_stderr(model) as progress:
+            return entry, store.fetch(entry, progress)
+
     def _create_model(self, operation: CreateModel) -> ModelDescription:
         owns_weights = operation.trainable and operation.lora is None
         base = self._load(operation, owns_weights)
@@ -123,8 +148,7 @@ class Host:
     def _load(self, operation: CreateModel, owns_weights: bool) -> BaseModel:
         """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
         shape = operation.shape
-        entry = self._catalog.resolve_model(operation.base_model)
-        folder = store.fetch(entry)
+        entry, folder = self._fetch(operation.base_model)
         if owns_weights:
             return load_base(operation.base_model, entry, folder, shape)
         key = (str(folder), shape.device, shape.dtype)

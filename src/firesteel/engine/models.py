@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from firesteel.catalog import ModelEntry
 from firesteel.engine.attention import TREE_ATTENTION, using_attention
@@ -83,6 +83,12 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
 def on_shape(base: BaseModel, name: str, shape: TrainingShape) -> BaseModel:
     """The same weights under another name, with the limits of another shape of the same device and dtype."""
     return replace(base, name=name, max_context_length=_context_length(name, base.network.config, shape))
+
+
+def longest_sequence(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) -> int:
+    """Tokens of the longest sequence that a model takes on a shape, known before it is loaded."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=entry.trust_remote_code)
+    return _context_length(name, config, shape)
 
 
 def _context_length(name: str, config: PretrainedConfig, shape: TrainingShape) -> int:

@@ -16,7 +16,7 @@ BYTES = 256
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = (IM_START, IM_END, PAD)  # ids from 256 on, in this order
 VOCABULARY = 264  # bytes and special tokens, padded to a multiple of 8
-MAX_POSITIONS = 2048  # tokens
+MAX_POSITIONS = 8192  # tokens: rotary positions cost nothing, and guides ask for 4096
 
 # Wide enough that logits differ by about one and attention is not uniform: with the usual 0.02 a wrong mask
 # or position would change the numbers too little for a test to see.

@@ -56,7 +56,10 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ResolveShape:
-    """Find a training shape, by name or by need. Result: `TrainingShape`."""
+    """Find a training shape, by name or by need; the model is fetched and not loaded.
+
+    Result: `TrainingShape`, its `max_context_length` set: the shape's or, if smaller, the model's own.
+    """
 
     base_model: str
     modes: tuple[Mode, ...]

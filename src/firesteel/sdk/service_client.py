@@ -89,7 +89,7 @@ class ServiceClient:
         if config is None and rank:
             config = LoraConfig(rank=rank, alpha=lora_alpha, seed=seed)
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
-        shape = self._resolve(model, (policy_mode(rank or 0),), self.provisioning.training_shape_id)
+        shape = self._policy_shape(model, rank or 0)
         client = self._create(CreateModel(model, shape, config if rank else None))
         self._policies.append(client)
         return client
@@ -113,10 +113,21 @@ class ServiceClient:
             policy = self._policy_on(model, policy_client)
             client = self._create(CreateBaseReference(policy.model_id))
         else:
-            shape = self._resolve(model, REFERENCE_MODES, self.provisioning.reference_training_shape_id)
-            client = self._create(CreateModel(model, shape, trainable=False))
+            client = self._create(CreateModel(model, self._reference_shape(model), trainable=False))
         self._references.append((strategy, client))
         return client
+
+    def longest_sequence(self, base_model: str | None = None, lora_rank: int | None = None) -> int:
+        """Tokens that policy and reference of these settings both take, before either is loaded."""
+        rank = self._agreed("lora_rank", lora_rank, self.provisioning.lora_rank) or 0
+        model = self._agreed("base_model", base_model, self.provisioning.base_model)
+        shapes = [self._policy_shape(model, rank)]
+        if (
+            decide_reference(rank, self.provisioning.reference_training_shape_id)
+            is ReferenceStrategy.SEPARATE
+        ):
+            shapes.append(self._reference_shape(model))
+        return min(shape.max_context_length for shape in shapes if shape.max_context_length is not None)
 
     def _policy_on(self, model: str, asked: TrainingClient | None) -> TrainingClient:
         """The LoRA policy whose base a reference of this model may share: the one asked for, or the newest."""
@@ -179,6 +190,12 @@ class ServiceClient:
             raise ClosedError("this service client is closed")
         description: ModelDescription = self._transport.submit(operation).result()
         return TrainingClient(self._transport, description)
+
+    def _policy_shape(self, model: str, rank: int) -> TrainingShape:
+        return self._resolve(model, (policy_mode(rank),), self.provisioning.training_shape_id)
+
+    def _reference_shape(self, model: str) -> TrainingShape:
+        return self._resolve(model, REFERENCE_MODES, self.provisioning.reference_training_shape_id)
 
     def _resolve(self, model: str, modes: tuple[Mode, ...], name: str | None) -> TrainingShape:
         operation = ResolveShape(model, modes, name, self.provisioning.max_context_length)

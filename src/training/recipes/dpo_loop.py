@@ -5,7 +5,7 @@
 averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. The
 run, top to bottom: read and render all rows (every bad row is known before a model is loaded), load policy
 and frozen reference, take the reference's log-probabilities once (from the cache where it has them), then
-per step one `forward_backward_custom` and one `optim_step`; evaluate on held-out pairs, export.
+per step one `forward_backward_custom` and one `optim_step`; export, evaluate on held-out pairs.
 
 Not here: other losses, ranked lists, checkpoints and resume.
 """
@@ -26,8 +26,8 @@ from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
-from training.utils.metrics import MetricsLog
-from training.utils.pairs import RenderedPairs, refuse_longer, render_pairs, write_row_outcomes
+from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
+from training.utils.pairs import Rendering, render_pairs, write_row_outcomes
 from training.utils.preference_data import read_preferences
 from training.utils.progress import Display, Stage
 from training.utils.reference_cache import ReferenceCache
@@ -149,28 +149,31 @@ class RunSummary:
 def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
+    train_file = read_preferences(config.dataset, config.on_bad_row)
+    heldout_file = read_preferences(config.eval_dataset, config.on_bad_row) if config.eval_dataset else None
     renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
     for prompt in config.sample_prompts:
         renderer.question(prompt)  # refused now, not after the reference pass
-    train_rows = read_rows(config.dataset, config.max_pairs, config, renderer)
-    heldout_rows = read_rows(config.eval_dataset, None, config, renderer) if config.eval_dataset else None
-    if heldout_rows:
-        split = Split(train_rows.pairs, heldout_rows.pairs)
-    else:
-        split = split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
+    with build_service(config) as service:
+        longest = service.longest_sequence()
+        rules = Rendering(config.max_seq_len or longest, config.truncate, config.on_bad_row)
+        train_rows = render_pairs(train_file, renderer, rules, config.max_pairs)
+        if heldout_file:
+            heldout_rows = render_pairs(heldout_file, renderer, rules)
+            split = Split(train_rows.pairs, heldout_rows.pairs)
+        else:
+            heldout_rows, split = None, split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
 
-    run, previous = RunFolder.start(config.log_path, config.resolved())
-    with closing(run):
-        if previous:
-            display.say(f"{config.log_path} held an earlier run: moved to {previous}")
-        for rows in filter(None, (train_rows, heldout_rows)):
-            write_row_outcomes(run.bad_rows, rows.file.path, rows.dropped)
-            display.say(rows.summary + (f" (listed in {run.bad_rows})" if rows.dropped else ""))
-        with (
-            closing(MetricsLog(run.metrics, config.wandb, config.resolved())) as metrics,
-            build_service(config) as service,
-        ):
-            return train(Run(config, split, renderer, run, metrics, display), service)
+        folder, previous = RunFolder.start(config.log_path, config.resolved())
+        with closing(folder), closing(MetricsLog(folder.metrics, config.wandb, config.resolved())) as metrics:
+            if previous:
+                display.say(f"{config.log_path} held an earlier run: moved to {previous}")
+            for rows in filter(None, (train_rows, heldout_rows)):
+                write_row_outcomes(folder.bad_rows, rows.file.path, rows.dropped)
+                display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.dropped else ""))
+            if split.overlap:
+                display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
+            return train(Run(config, split, renderer, folder, metrics, display), service)
 
 
 @dataclass(frozen=True)
@@ -196,18 +199,6 @@ class Run:
         return Epochs(len(self.split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
 
-def read_rows(path: str, max_pairs: int | None, config: Config, renderer: Renderer) -> RenderedPairs:
-    """Read and render every row of a file, before anything is written or loaded."""
-    return render_pairs(
-        read_preferences(path, config.on_bad_row),
-        renderer,
-        max_seq_len=config.max_seq_len,
-        truncate=config.truncate,
-        on_bad_row=config.on_bad_row,
-        max_pairs=max_pairs,
-    )
-
-
 def build_service(config: Config) -> ServiceClient:
     """The trainers of this run; nothing is loaded yet."""
     return build_service_client(
@@ -221,37 +212,34 @@ def build_service(config: Config) -> ServiceClient:
 
 
 def train(run: Run, service: ServiceClient) -> RunSummary:
-    """Reference pass, evaluation, the loop, evaluation, export."""
-    config, split = run.config, run.split
+    """Reference pass, evaluation, the loop, export, evaluation."""
+    config, split, epochs = run.config, run.split, run.epochs
     client = service.create_training_client(
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    refuse_longer((*split.train, *split.heldout), policy.description.max_context_length)
     references, reference_job_id = reference_logprobs(run, service)
     train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
 
     before = evaluate_heldout(run, policy, heldout_references, step=0)
     answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
     answers_before = answers.of(policy)
-    epochs = run.epochs
     with run.display.bar(Stage("training", config.epochs * len(split.train))) as bar:
         for batch in epochs.batches():
             metrics = train_step(run, policy, batch, train_references)
             run.metrics.log(batch.step, metrics)
-            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]), step_line(batch, epochs, metrics))
-            if (
-                config.eval_interval
-                and batch.step % config.eval_interval == 0 < epochs.total_steps - batch.step
-            ):
+            line = step_line(batch.step, epochs.total_steps, metrics)
+            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]), line)
+            last = batch.step == epochs.total_steps
+            if config.eval_interval and batch.step % config.eval_interval == 0 and not last:
                 evaluate_heldout(run, policy, heldout_references, batch.step)
         trained = f"{epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
     run.display.say(f"trained: {trained}")
+    export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
+    run.display.say(f"exported: {export}")
     after = evaluate_heldout(run, policy, heldout_references, epochs.total_steps)
     for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
         run.display.say(line)
-    export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
-    run.display.say(f"exported: {export}")
     return RunSummary(epochs.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
 
 
@@ -262,16 +250,13 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
         service.create_reference_client(run.config.base_model, run.config.lora_rank)
     )
     path = home() / "reference_cache.sqlite"
-    cache = ReferenceCache(path, reference.identify(), run.renderer.identity)
     started = time.monotonic()
-    with run.display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar:
+    with (
+        closing(ReferenceCache(path, reference.identify(), run.renderer.identity)) as cache,
+        run.display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar,
+    ):
         references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
-    cache.close()
-    run.display.say(
-        f"reference: {len(pairs)} pairs, {statistics.hits} from the cache, {statistics.computed} computed "
-        f"({statistics.damaged} damaged entries replaced, {statistics.probed} checked) "
-        f"in {time.monotonic() - started:.1f} s"
-    )
+    run.display.say(f"reference: {statistics.summary} in {time.monotonic() - started:.1f} s")
     job_id = service.reference_trainer_job_id
     service.release_references()
     return references, job_id
@@ -287,21 +272,12 @@ def train_step(
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
     result = policy.forward_backward_custom([datum for pair in pairs for datum in pair.datums], loss)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
-    seconds, tokens = time.monotonic() - started, sum(pair.tokens for pair in pairs)
-    measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], "step_tokens": tokens}
-    timed = {"step_time_sec": seconds, "tokens_per_sec": tokens / seconds}
+    work = StepWork(sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch)
+    measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], **optimizer}
     dpo = {name: value for name, value in result.metrics.items() if name != "loss:sum"}
     # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
-    named = {**measured, **dpo, **optimizer, **timed}
+    named = {**measured, **dpo, **work.metrics}
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
-
-
-def step_line(batch: Batch, epochs: Epochs, metrics: dict[str, float]) -> str:
-    """What is shown of a step where there is no bar."""
-    return (
-        f"step {batch.step}/{epochs.total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
-        f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}"
-    )
 
 
 def evaluate_heldout(
@@ -312,9 +288,5 @@ def evaluate_heldout(
         return {}
     metrics = evaluate(policy, run.split.heldout, references, run.objective)
     run.metrics.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-    run.display.say(
-        f"held out after step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}  "
-        f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
-    )
+    run.display.say(heldout_line(step, metrics))
     return metrics

@@ -18,10 +18,16 @@ from training.utils.rendering import Renderer
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out pairs; no prompt is on both sides."""
+    """Training and held-out pairs."""
 
     train: tuple[PreferencePair, ...]
     heldout: tuple[PreferencePair, ...]
+
+    @property
+    def overlap(self) -> int:
+        """Held-out pairs whose prompt is trained on: possible only if they come from a file of their own."""
+        trained = {pair.prompt for pair in self.train}
+        return sum(pair.prompt in trained for pair in self.heldout)
 
 
 def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int) -> Split:
@@ -29,10 +35,9 @@ def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int)
 
     Both sides keep their order. Raises `DataError` where there is only one prompt.
     """
-    by_prompt: dict[bytes, list[int]] = {}
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
-        prompt = pair.chosen.model_input.to_ints()[: pair.prompt_len]
-        by_prompt.setdefault(np.asarray(prompt, dtype="<i8").tobytes(), []).append(index)
+        by_prompt.setdefault(pair.prompt, []).append(index)
     groups = list(by_prompt.values())
     held: set[int] = set()
     if fraction and len(groups) < 2:

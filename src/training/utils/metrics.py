@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` always, Weights & Biases when configured."""
+"""A run's numbers: their names, how they read, and where they go (`metrics.jsonl`, Weights & Biases)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,44 @@ import orjson
 from training.utils.config import WandBConfig
 
 logger = logging.getLogger("firesteel")
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one optimizer step computed: tokens of all its sequences, seconds, and its epoch from 1."""
+
+    tokens: int
+    seconds: float
+    epoch: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By the cookbook's names, where the reference reads each row once: in the first epoch."""
+        ref_tokens = self.tokens if self.epoch == 1 else 0
+        return {
+            "step_tokens": self.tokens,
+            "ref_tokens": ref_tokens,
+            "total_tokens": self.tokens + ref_tokens,
+            "step_time_sec": self.seconds,
+            "tokens_per_sec": self.tokens / self.seconds,
+        }
+
+
+def step_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
+    """What is shown of a step where there is no bar."""
+    return (
+        f"step {step}/{total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
+        f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}"
+    )
+
+
+def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
+    """What is shown of an evaluation."""
+    return (
+        f"held out after step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
+        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}  "
+        f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
+    )
 
 
 class Sink(Protocol):

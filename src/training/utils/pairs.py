@@ -53,9 +53,9 @@ class PreferencePair:
         return self.chosen, self.rejected
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longer side, prompt included."""
-        return max(datum.model_input.length for datum in self.datums) + 1
+    def prompt(self) -> Tokens:
+        """The tokens that both sides start with."""
+        return tuple(self.chosen.model_input.to_ints()[: self.prompt_len])
 
     @property
     def tokens(self) -> int:
@@ -76,20 +76,42 @@ class RowOutcome:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """How rows become pairs: the longest sequence in tokens, and what is done with longer and with bad rows.
+
+    Raises ConfigError for anything else.
+    """
+
+    max_seq_len: int | None = None
+    truncate: Truncate = "drop"
+    on_bad_row: OnBadRow = "fail"
+
+    def __post_init__(self) -> None:
+        if self.truncate not in ("drop", "response_end"):
+            raise ConfigError(f"truncate: {self.truncate!r} is neither 'drop' nor 'response_end'")
+        _refuse_limit(self.max_seq_len)
+
+
+@dataclass(frozen=True)
 class RenderedPairs:
-    """The pairs of a file in its order, and every row that was refused, dropped or shortened."""
+    """The pairs of a file in its order, and every row that was refused, dropped or shortened.
+
+    `not_used` counts the rows left over once `max_pairs` were found.
+    """
 
     file: PreferenceFile
     pairs: tuple[PreferencePair, ...]
     dropped: tuple[RowOutcome, ...]
+    not_used: int = 0
 
     @property
     def summary(self) -> str:
         """`pairs.jsonl: 592 rows of the form messages: 551 pairs; 3 dropped, 38 refused`."""
         counts = Counter(row.outcome for row in self.dropped)
-        lost = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        lost = [f"{count} {outcome}" for outcome, count in sorted(counts.items())]
+        lost += [f"{self.not_used} not used (max_pairs)"] if self.not_used else []
         read = f"{self.file.path}: {self.file.rows} rows of the form {self.file.format}"
-        return f"{read}: {len(self.pairs)} pairs" + (f"; {lost}" if lost else "")
+        return f"{read}: {len(self.pairs)} pairs" + (f"; {', '.join(lost)}" if lost else "")
 
 
 def build_dpo_datums(
@@ -123,40 +145,37 @@ def build_dpo_datums(
 def render_pairs(
     file: PreferenceFile,
     renderer: Renderer,
-    *,
-    max_seq_len: int | None = None,
-    truncate: Truncate = "drop",
-    on_bad_row: OnBadRow = "fail",
+    rules: Rendering | None = None,
     max_pairs: int | None = None,
 ) -> RenderedPairs:
     """The pairs of a file's examples, at most `max_pairs` of them.
 
-    Rows in which a side has more than `max_seq_len` tokens are dropped, or shortened at the end of the
-    response with ``truncate="response_end"``. Examples that cannot be rendered are refused: all at once by an
+    Rows in which a side is longer than the rules allow are dropped, or with ``truncate="response_end"``
+    shortened at the end of the response. Examples that cannot be rendered are refused: all at once by an
     error (`"fail"`), or listed beside the reader's own bad rows (`"skip"`). Raises DataError if no pair is
     left.
     """
-    if truncate not in ("drop", "response_end"):
-        raise ConfigError(f"truncate: {truncate!r} is neither 'drop' nor 'response_end'")
     if max_pairs is not None and max_pairs < 1:
         raise ConfigError(f"max_pairs: {max_pairs} is not a number of pairs above 0")
-    _refuse_limit(max_seq_len)
+    rules = rules or Rendering()
     pairs: list[PreferencePair] = []
     refused: list[RowError] = []
     outcomes: list[RowOutcome] = []
+    used = 0
     for example in file.examples:
         if len(pairs) == max_pairs:
             break
+        used += 1
         try:
             rendered = renderer.render(example)
             _refuse_unusable(rendered)
         except ExampleError as error:
             refused.append(error.at(file.path, example.line))
             continue
-        fitted, outcome = _fitted(rendered, max_seq_len, truncate, example.line)
+        fitted, outcome = _fitted(rendered, rules, example.line)
         outcomes += [outcome] if outcome else []
         pairs += [PreferencePair(*_datums(fitted), fitted.prompt_len, example.line)] if fitted else []
-    if on_bad_row == "fail":
+    if rules.on_bad_row == "fail":
         refuse_rows(file.path, refused)
     outcomes += [
         RowOutcome(bad.line, "refused", f"{bad.field}: {bad.reason}") for bad in (*file.bad, *refused)
@@ -164,17 +183,7 @@ def render_pairs(
     outcomes.sort(key=lambda outcome: outcome.line)
     if not pairs:
         raise DataError(_nothing_left(file, outcomes))
-    return RenderedPairs(file, tuple(pairs), tuple(outcomes))
-
-
-def refuse_longer(pairs: Sequence[PreferencePair], longest: int) -> None:
-    """Refuse pairs that a trainer of so many tokens cannot take, naming the setting that would drop or cut them."""
-    too_long = [pair.line for pair in pairs if pair.longest > longest]
-    if too_long:
-        raise ConfigError(
-            f"max_seq_len: {len(too_long)} rows (first: line {too_long[0]}) have more than the {longest} tokens "
-            f"that this trainer takes; set max_seq_len to at most {longest}"
-        )
+    return RenderedPairs(file, tuple(pairs), tuple(outcomes), len(file.examples) - used)
 
 
 def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
@@ -190,16 +199,16 @@ def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutc
 
 
 def _fitted(
-    rendered: RenderedPair, max_seq_len: int | None, truncate: Truncate, line: int
+    rendered: RenderedPair, rules: Rendering, line: int
 ) -> tuple[RenderedPair | None, RowOutcome | None]:
     """The pair as it fits the limit, or None; and what had to be done to it, if anything."""
-    too_long = _too_long(rendered, max_seq_len)
-    if max_seq_len is None or not too_long:
+    too_long = _too_long(rendered, rules.max_seq_len)
+    if rules.max_seq_len is None or not too_long:
         return rendered, None
-    if truncate == "drop":
+    if rules.truncate == "drop":
         return None, RowOutcome(line, "dropped", too_long)
     try:
-        return _shortened(rendered, max_seq_len), RowOutcome(line, "shortened", too_long)
+        return _shortened(rendered, rules.max_seq_len), RowOutcome(line, "shortened", too_long)
     except ExampleError as error:
         return None, RowOutcome(line, "dropped", f"{too_long}; {error}")
 

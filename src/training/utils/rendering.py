@@ -19,6 +19,7 @@ import numpy as np
 
 from firesteel import store
 from firesteel.catalog import load_catalog
+from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.types import FloatArray
 from training.utils.preference_examples import (
@@ -103,7 +104,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     entry = load_catalog().resolve_model(name)
-    folder = store.fetch(entry)
+    with shown_on_stderr(name) as progress:
+        folder = store.fetch(entry, progress)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=entry.trust_remote_code

@@ -137,7 +137,7 @@ def test_an_interrupted_pull_exits_with_130_and_without_a_traceback(tmp_path: Pa
             text=True,
         )
         assert pull.stderr is not None
-        assert pull.stderr.readline().startswith("waiting for another process")
+        assert pull.stderr.readline().startswith("tiny-llama: waiting for another process")
         pull.send_signal(signal.SIGINT)
         _, errors = pull.communicate()
     assert pull.returncode == 130
