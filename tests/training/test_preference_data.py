@@ -235,6 +235,32 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
         "rejected",
         "a list, while chosen is text",
     ),
+    (
+        "a weight of 0",
+        sides([USER, FOUR | {"weight": 0}], [USER, FIVE]),
+        "chosen.messages[1].weight",
+        "0 on a turn of the response, all of which are scored",
+    ),
+    (
+        "another weight",
+        sides([USER, FOUR | {"weight": 0.5}], [USER, FIVE]),
+        "chosen.messages[1].weight",
+        "the number 0.5; expected 0 or 1",
+    ),
+    (
+        "a picture in a turn",
+        sides([USER | {"images": ["a.png"]}, FOUR], [USER, FIVE]),
+        "chosen.messages[0].images",
+        "a list of 1; only text",
+    ),
+    ("a picture beside", GOOD | {"images": ["a.png"]}, "images", "a list of 1; only text"),
+    ("documents", GOOD | {"documents": [{"text": "2+2=4"}]}, "documents", "put them into the messages"),
+    (
+        "template settings",
+        GOOD | {"chat_template_kwargs": {"enable_thinking": True}},
+        "chat_template_kwargs",
+        "the chat template is run as it stands",
+    ),
     ("only chosen", {"chosen": GOOD["chosen"], "id": 3}, "rejected", "missing; the keys here are chosen, id"),
     ("only rejected", {"rejected": [USER, FIVE]}, "chosen", "missing; the keys here are rejected"),
     ("no input", OUTPUTS, "input", "missing; the keys here are preferred_output, non_preferred_output"),
@@ -676,3 +702,12 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_policy_for_bad_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on_bad_row: 'ignore' is neither"):
         read_preferences(write(tmp_path, GOOD), "ignore")  # type: ignore[arg-type]
+
+
+def test_weights_of_prompt_turns_and_weights_of_1_say_what_is_done_anyway(tmp_path: Path) -> None:
+    earlier = [USER, FIVE | {"weight": 0}, USER | {"content": "Sure?"}]
+    row = sides([*earlier, FOUR | {"weight": 1}], [*earlier[:1], FIVE, *earlier[2:], FIVE])
+    (example,) = read_preferences(write(tmp_path, row)).examples
+    assert isinstance(example, ChatExample)
+    assert len(example.prompt) == 3
+    assert not any("weight" in turn for turn in (*example.prompt, *example.chosen, *example.rejected))

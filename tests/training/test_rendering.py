@@ -177,12 +177,24 @@ def test_tools_and_tool_calls_reach_the_template() -> None:
             "does not show reasoning_content of turn 1",
         ),
         (
+            chat([assistant("4", thinking="Hm")], [assistant("5")]),
+            "chosen",
+            "does not show thinking of turn 1",
+        ),
+        (
+            chat(
+                [assistant("4")], [assistant("5")], None, {"role": "user", "name": "Ann", "content": "2+2?"}
+            ),
+            "chosen",
+            "does not show name of turn 0",
+        ),
+        (
             chat([assistant("4")], [assistant("5")], None, {"role": "developer", "content": "Be brief"}),
             "chosen",
             "shows no turns of role 'developer'",
         ),
     ],
-    ids=["tools", "tool calls", "reasoning", "role"],
+    ids=["tools", "tool calls", "reasoning", "thinking", "name", "role"],
 )
 def test_what_the_template_would_leave_out_is_refused(example: ChatExample, field: str, reason: str) -> None:
     with pytest.raises(RenderError, match=reason) as caught:

@@ -11,6 +11,7 @@ from training.utils.row_values import Row, excerpt, keys_found, same_json, shown
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # What is not the model's own or its tools' doing: it must be the same on both sides.
 ASKING_ROLES = ("system", "developer", "user")
+_NOT_TEXT = ("images", "image", "audio", "video", "videos")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def _message(value: object, place: str) -> Message:
     role = value["role"]
     if role not in ROLES:
         raise ExampleError(f"{place}.role", f"{shown(role)}; expected one of {', '.join(ROLES)}")
+    for field in _NOT_TEXT:
+        if value.get(field):
+            raise ExampleError(f"{place}.{field}", f"{shown(value[field])}; only text can be trained on")
+    if "weight" in value and (isinstance(value["weight"], bool) or value["weight"] not in (0, 1)):
+        raise ExampleError(f"{place}.weight", f"{shown(value['weight'])}; expected 0 or 1")
     has_calls = _has_tool_calls(value, place)
     return {**value, "content": _content(value, has_calls, f"{place}.content")}
 
@@ -139,14 +145,34 @@ def split_conversations(chosen: Conversation, rejected: Conversation, tools: Too
         raise ExampleError(f"{chosen.places[start - 1]}.content", "the prompt is empty; nothing is asked")
     for side in (chosen, rejected):
         _refuse_empty_turns(side, start)
-    prompt = chosen.messages[:start]
-    return ChatExample(prompt, chosen.messages[start:], rejected.messages[start:], tools, line)
+        _refuse_unscored_turns(side, start)
+    prompt, *responses = (
+        tuple(_without_weight(turn) for turn in turns)
+        for turns in (chosen.messages[:start], chosen.messages[start:], rejected.messages[start:])
+    )
+    return ChatExample(prompt, responses[0], responses[1], tools, line)
+
+
+def _refuse_unscored_turns(side: Conversation, start: int) -> None:
+    """The weights of OpenAI's chat rows choose the turns to learn; here that is every turn of the responses."""
+    for place, turn in zip(side.places[start:], side.messages[start:], strict=True):
+        if turn["role"] == "assistant" and turn.get("weight") == 0:
+            raise ExampleError(
+                f"{place}.weight",
+                "0 on a turn of the response, all of which are scored; make it part of the prompt",
+            )
+
+
+def _without_weight(turn: Message) -> Message:
+    return {name: value for name, value in turn.items() if name != "weight"}
 
 
 def _shared_length(one: Messages, other: Messages) -> int:
     """Number of messages that are the same at the start of both."""
     shared = 0
-    while shared < min(len(one), len(other)) and same_json(one[shared], other[shared]):
+    while shared < min(len(one), len(other)) and same_json(
+        *(_without_weight(turns[shared]) for turns in (one, other))
+    ):
         shared += 1
     return shared
 
@@ -166,7 +192,7 @@ def _refuse_different_prompts(chosen: Conversation, rejected: Conversation, star
         for side in (chosen, rejected)
     ]
     for (_, one_turn), (place, other_turn) in zip(*asked, strict=False):
-        if not same_json(one_turn, other_turn):
+        if not same_json(_without_weight(one_turn), _without_weight(other_turn)):
             _refuse_turns((place, other_turn), one_turn)
     if len(asked[0]) != len(asked[1]):
         place, turn = max(asked, key=len)[min(len(turns) for turns in asked)]

@@ -49,7 +49,7 @@ from training.utils.preference_examples import (
     PreferenceExample,
     TextExample,
 )
-from training.utils.row_values import Row, keys_found, required, required_object, shown
+from training.utils.row_values import Row, keys_found, refuse_unread, required, required_object, shown
 
 OnBadRow = Literal["fail", "skip"]
 
@@ -89,6 +89,7 @@ def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> Prefere
         try:
             row = parse_row(raw)
             form = _format_of(row)
+            refuse_unread(row)
             examples.append(form.read(row, line))
             lines_of_format.setdefault(form.name, []).append(line)
         except ExampleError as error:

@@ -153,6 +153,15 @@ class _Scored:
     mask: FloatArray
 
 
+def _fields_to_show(role: str, *, in_prompt: bool) -> tuple[str, ...]:
+    """Fields of a message that say something beside its content; whatever else stands there is metadata."""
+    calls = ("tool_calls", "function_call")
+    # The name of a tool is known from the call that it answers.
+    names = () if role in ("tool", "function") else ("name",)
+    # Reasoning of earlier turns is left out on purpose by templates of reasoning models.
+    return (*calls, *names) if in_prompt else (*calls, *names, "reasoning_content", "reasoning", "thinking")
+
+
 class _ChatTemplate:
     """The chat template of one tokenizer: what it makes of messages, and what it leaves out."""
 
@@ -224,9 +233,7 @@ class _ChatTemplate:
             for index, message in enumerate(messages):
                 if not self._shows_role(messages, index, tools):
                     raise RenderError(name, f"the chat template shows no turns of role {message['role']!r}")
-                # Reasoning of earlier turns is left out on purpose by templates of reasoning models.
-                fields = ("tool_calls", "reasoning_content")[: 1 if index < len(prompt) else 2]
-                for field in fields:
+                for field in _fields_to_show(message["role"], in_prompt=index < len(prompt)):
                     if message.get(field) and not self._shows_field(messages, index, field, tools):
                         raise RenderError(name, f"the chat template does not show {field} of turn {index}")
 

@@ -27,6 +27,21 @@ def required_object(row: Row, key: str) -> Row:
     return value
 
 
+# These change what a conversation looks like to the model, and nothing here reads them.
+_UNREAD = {
+    **dict.fromkeys(("images", "image", "videos", "video", "audio"), "only text can be trained on"),
+    "documents": "documents are not rendered; put them into the messages",
+    "chat_template_kwargs": "the chat template is run as it stands; put a changed one into the tokenizer",
+}
+
+
+def refuse_unread(row: Row) -> None:
+    """Refuse what stands in a row beside its conversation and would be left out without a word."""
+    for key, advice in _UNREAD.items():
+        if row.get(key):
+            raise ExampleError(key, f"{shown(row[key])}; {advice}")
+
+
 def field_path(place: str, key: str) -> str:
     """Where a key stands: `chosen.messages`."""
     return f"{place}.{key}" if place else key
