@@ -27,11 +27,11 @@ def show(summary: RunSummary) -> None:
     rows = (
         ("preference accuracy against the reference", "accuracy", "{:.3f}"),
         ("margin against the reference (nats)", "margin", "{:+.2f}"),
-        ("own preference (mean log-probability per token)", "policy_preference", "{:.3f}"),
+        ("own preference (share with chosen likelier per token)", "policy_preference", "{:.3f}"),
     )
-    print(f"\n{'32 held-out pairs':<50} {'before':>8} {'after':>8}")
+    print(f"\n{'held-out pairs':<54} {'before':>8} {'after':>8}")
     for label, name, form in rows:
-        print(f"{label:<50} {form.format(summary.before[name]):>8} {form.format(summary.after[name]):>8}")
+        print(f"{label:<54} {form.format(summary.before[name]):>8} {form.format(summary.after[name]):>8}")
     print(
         "Before training, policy and reference are the same model: accuracy and margin are 0 by definition."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,24 @@ def test_the_loop_in_the_readme_starts_at_ln_2_and_falls(capsys: pytest.CaptureF
     assert losses[0] == pytest.approx(0.693147, abs=1e-6)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.2
+
+
+def test_the_run_in_the_readme_gives_an_adapter_that_loads_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (ROOT / "examples/preferences/train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows[:20]), encoding="utf-8")
+    # The same commands on a model that needs no fetching.
+    (tmp_path / "catalog.yaml").write_text("models: {smollm2-135m-instruct: {source: tiny-llama}}")
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(tmp_path / "catalog.yaml"))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in (b for b in blocks if "runs/mine" in b):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["summary"].export_path == "runs/mine/adapter"
+    prompt = names["tokenizer"]("Hello", return_tensors="pt")
+    assert names["model"](**prompt).logits.shape[-1] == len(names["tokenizer"])
 
 
 def test_the_catalogue_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ class Adapter:
         )
         tensors = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        self._peft_config.base_model_name_or_path = self._base.name
+        self._peft_config.base_model_name_or_path = self._base.origin
         self._peft_config.inference_mode = True
         self._peft_config.save_pretrained(str(folder))
 

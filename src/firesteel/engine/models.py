@@ -41,6 +41,8 @@ class BaseModel:
     """A loaded model whose weights are frozen unless a trainer owns it."""
 
     name: str
+    origin: str
+    """What other programs load it by: its Hugging Face id, or its folder."""
     folder: Path
     network: PreTrainedModel
     attention: Literal["tree", "plain"]
@@ -72,6 +74,7 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
         logger.warning("%s: %s; each sequence is computed by itself (slower, same numbers)", name, reason)
     return BaseModel(
         name=name,
+        origin=entry.source if entry.kind == "hub" else str(folder),
         folder=folder,
         network=network,
         attention="plain" if reason else "tree",

@@ -334,7 +334,7 @@ def test_an_exported_adapter_has_the_keys_that_servers_look_for(
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8.0, "LORA")
     assert config["task_type"] == "CAUSAL_LM"
     assert config["inference_mode"] is True
-    assert config["base_model_name_or_path"] == "test-model"
+    assert config["base_model_name_or_path"] == llama_folder
 
 
 def test_an_adapter_can_be_written_while_it_is_trained(
