@@ -36,7 +36,7 @@ def test_the_run_in_the_readme_gives_an_adapter_that_loads_as_it_says(
         exec(compile(block, "README.md", "exec"), names)
     assert names["summary"].export_path == "runs/mine/adapter"
     prompt = names["tokenizer"]("Hello", return_tensors="pt")
-    assert names["model"](**prompt).logits.shape[-1] == len(names["tokenizer"])
+    assert names["model"](**prompt).logits.shape[-1] >= len(names["tokenizer"])
 
 
 def test_the_catalogue_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
