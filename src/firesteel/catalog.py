@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from firesteel import yaml_file
 from firesteel.sdk.errors import ConfigError, ModelError
 from firesteel.sdk.shapes import Mode, TrainingShape
 
@@ -242,12 +243,17 @@ def load_catalog() -> Catalog:
     if not named:
         return built_in
     file = Path(named).expanduser().absolute()
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; {CATALOG_VARIABLE} names it as the catalogue")
     extra = _read(file)
     return Catalog({**built_in.models, **extra.models}, {**built_in.shapes, **extra.shapes}, file)
 
 
 def _read(file: Path) -> Catalog:
-    content = _load_yaml(file)
+    content = yaml_file.read(file)
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{file}: expected the sections `models:` and `shapes:`, not {content!r}")
+    content = content or {}
     for section in content:
         if section not in ("models", "shapes"):
             raise ConfigError(f"{file}: unknown section {section!r}; a catalogue has `models:` and `shapes:`")
@@ -265,7 +271,7 @@ def _named_settings(file: Path, section: str, entries: object) -> Iterator[tuple
     if not isinstance(entries, dict | None):
         raise ConfigError(f"{file}: {section}: expected names, each with its settings, not {entries!r}")
     for name, settings in (entries or {}).items():
-        if not isinstance(name, str) or not isinstance(settings, dict):
+        if not isinstance(settings, dict):
             raise ConfigError(
                 f"{file}: {section}: {name}: expected settings (`key: value`), not {settings!r}"
             )
@@ -318,34 +324,6 @@ def _problem(where: str, problem: Mapping[str, Any]) -> str:
     if not problem["loc"]:
         return f"{where}: {problem['ctx']['error']}"
     return f"{where}: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}"
-
-
-def _load_yaml(file: Path) -> dict[Any, Any]:
-    import yaml
-
-    class NoDuplicates(yaml.SafeLoader):
-        """YAML lets a later key replace an earlier one without a word; here that is a mistake."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{key!r} is there twice", node.start_mark
-                    )
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), NoDuplicates)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); {CATALOG_VARIABLE} names a catalogue file"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: is not YAML: {error}") from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"{file}: expected the sections `models:` and `shapes:`, not {content!r}")
-    return content or {}
 
 
 def _reason_against(

@@ -1,12 +1,18 @@
-"""What is shown on standard error while a model is fetched: a bar on a terminal, lines elsewhere."""
+"""What is shown while a model is fetched or loaded: a bar on a terminal, lines elsewhere, on standard error."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from firesteel.store import Progress
+
+class Progress(Protocol):
+    """Told what is happening: `done` of `total` bytes, `total` None where it is not known."""
+
+    def __call__(self, message: str, done: int, total: int | None) -> None:
+        """Take one report; called often, from the fetching thread or those that download for it."""
 
 
 @contextmanager
@@ -45,3 +51,17 @@ class _LinePerStep:
             sys.stderr.write(f"{self._model}: {message}\n")
             sys.stderr.flush()
             self._last = message
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """While this lasts, no progress bars of transformers' own: they would fight with ours for the line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -204,6 +204,7 @@ def test_where_no_shape_fits_the_error_says_why_for_each() -> None:
         ("- a\n", "expected the sections"),
         ("models: {\n", "is not YAML"),
         ("models:\n  a: {source: org/a}\n  a: {source: org/b}\n", "'a' is there twice"),
+        ("models:\n  1: {source: org/a}\n", "1 is no text; put a key in quotes"),
         ("models:\n  a: {source: 'pypi:x==1'}\n", "models: a: source: 'pypi:x==1' is a kind for built-in"),
         ("models:\n  a: {source: ./x, revision: main}\n", "models: a: revision 'main' applies to"),
         ("models:\n  a: {source: x.gguf, sha256: abc}\n", "models: a: sha256 'abc' is not 64"),
@@ -235,7 +236,7 @@ def test_a_mistake_in_a_catalogue_file_is_named_by_file_entry_and_key(
 
 def test_a_catalogue_file_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRESTEEL_CATALOG", "/nowhere/catalog.yaml")
-    with pytest.raises(ConfigError, match=r"/nowhere/catalog.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"/nowhere/catalog.yaml: there is no such file; FIRESTEEL_CATALOG"):
         load_catalog()
 
 

@@ -468,6 +468,24 @@ def test_a_models_own_code_is_fetched_only_where_it_is_trusted(hub: str, tmp_pat
     assert "modeling_chat.py" in names(Path(folder))
 
 
+def test_a_tokenizer_is_fetched_without_the_weights_and_read_from_the_model_once_that_is_here(
+    hub: str, home: Path, tmp_path: Path
+) -> None:
+    code = f"print(store.fetch_tokenizer({CHAT!r}))"
+    settings = hub_settings(hub, tmp_path / "hf")
+    output, errors = python(code, **settings).communicate()
+    alone = Path(output.strip() or pytest.fail(errors))
+    assert alone.parent == home / "tokenizers"
+    assert "tokenizer.json" in names(alone)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert store.find(CHAT) is None
+    assert store.stored() == []
+
+    _, folder = fetch_from_hub(hub, tmp_path / "hf", CHAT)[0].split()
+    output, errors = python(code, **settings).communicate()
+    assert Path(output.strip() or pytest.fail(errors)) == Path(folder)
+
+
 def test_an_id_that_the_hub_does_not_know_is_said_so(hub: str, tmp_path: Path) -> None:
     _, errors = fetch_from_hub(hub, tmp_path / "hf", ModelEntry("org/gone", "org/gone"))
     assert "ModelError: model 'org/gone': the Hugging Face hub has no public model org/gone" in errors

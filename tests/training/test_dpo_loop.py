@@ -445,6 +445,12 @@ def test_checkpoints_are_said_to_be_missing(tmp_path: Path) -> None:
         config(tmp_path, dcp_save_interval=5)
 
 
+def test_a_tilde_is_the_users_home_in_yaml_as_in_a_shell(tmp_path: Path) -> None:
+    settings = config(tmp_path, log_path="~/runs/x", eval_dataset="~/held.jsonl")
+    assert settings.log_path == str(Path.home() / "runs/x")
+    assert settings.eval_dataset == str(Path.home() / "held.jsonl")
+
+
 def test_an_unset_setting_must_be_given() -> None:
     with pytest.raises(ConfigError, match="dataset: must be given"):
         Config(log_path="x", base_model="tiny-llama")  # type: ignore[call-arg]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 
+from firesteel import yaml_file
 from firesteel.sdk.errors import ConfigError
 from training.recipes import dpo_loop
 from training.utils.config import Settings
@@ -79,14 +79,7 @@ def _option(config: type[Settings], path: str) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    content = yaml_file.read(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected settings as `name: value`, found {type(content).__name__}")
     return content
@@ -95,10 +88,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Plain text as it stands (the schema converts numbers); lists, mappings and null by YAML."""
     if text[:1] in ("[", "{") or text in ("null", "~"):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{text}: not YAML: {error}") from error
+        return yaml_file.parse(text, text)
     return text
 
 

@@ -19,9 +19,9 @@ from firesteel.catalog import ModelEntry
 from firesteel.engine.attention import TREE_ATTENTION, using_attention
 from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
 from firesteel.engine.packing import pack
+from firesteel.fetching import quiet_transformers
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.shapes import TrainingShape
-from firesteel.store import quiet_transformers
 
 logger = logging.getLogger("firesteel")
 

@@ -21,9 +21,9 @@ from firesteel.engine.losses import datum_loss
 from firesteel.engine.models import BaseModel
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
+from firesteel.fetching import quiet_transformers
 from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, IntArray, LoraConfig
-from firesteel.store import quiet_transformers
 
 
 @dataclass(frozen=True)

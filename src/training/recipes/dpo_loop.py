@@ -12,6 +12,7 @@ Not here: other losses, ranked lists, checkpoints and resume.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -111,6 +112,11 @@ class Config(Settings):
     def resolved(self) -> dict[str, Any]:
         """Every setting that this run reads, as JSON; a `Config` of these is this one."""
         return self.model_dump(mode="json", exclude=None if self.lora_rank else {"lora_alpha"})
+
+    @field_validator("log_path", "dataset", "eval_dataset")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None:
+        return path and os.path.expanduser(path)  # a shell does this for flags, nobody for YAML
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod

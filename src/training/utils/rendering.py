@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     entry = load_catalog().resolve_model(name)
     with shown_on_stderr(name) as progress:
-        folder = store.fetch(entry, progress)
+        folder = store.fetch_tokenizer(entry, progress)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=entry.trust_remote_code

@@ -91,13 +91,29 @@ def test_a_bad_row_is_named_by_file_and_line(config_file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "not YAML"),
+        ("a: [", "is not YAML"),
+        ("beta: 0.1\nepochs: 2\nbeta: 0.2", "'beta' is there twice"),
+        ("lr_scheduler: {type: cosine, type: linear}", "'type' is there twice"),
+        ("1: 2", "1 is no text; put a key in quotes"),
+        ("on: 2", "on is no text; put a key in quotes"),
+        ("[a, b]: 2", "this is no text; put a key in quotes"),
         ("- a\n- b", "expected settings as `name: value`, found list"),
         ("", "expected settings as `name: value`, found NoneType"),
-        (b"log_path: caf\xe9", "not UTF-8"),
+        (b"log_path: caf\xe9", "is not UTF-8"),
         (None, "No such file"),
     ],
-    ids=["broken", "a list", "empty", "not UTF-8", "missing"],
+    ids=[
+        "broken",
+        "twice",
+        "twice inside",
+        "a number",
+        "a switch",
+        "a list as key",
+        "a list",
+        "empty",
+        "not UTF-8",
+        "missing",
+    ],
 )
 def test_a_config_file_that_is_none_is_refused(
     tmp_path: Path, content: str | bytes | None, message: str
