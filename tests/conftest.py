@@ -97,7 +97,16 @@ _unexpected_skips: list[str] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note every skip that is not about missing hardware."""
+    """Note a test that skips itself."""
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note a whole file that skips itself, for instance by `importorskip`: its tests are never reported."""
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if "needs CUDA" not in reason:

@@ -56,7 +56,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# --- a folder is whole or not there ---
+# A folder is whole or not there
 
 
 def test_a_fetched_folder_has_config_weights_tokenizer_and_a_manifest_that_holds(home: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_home_that_cannot_be_written_to_is_a_clear_error(
         store.fetch(TINY)
 
 
-# --- damage is found and named ---
+# Damage is found and named
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
@@ -142,7 +142,7 @@ def test_a_broken_manifest_is_damage_and_no_traceback(content: str) -> None:
         store.fetch(TINY)
 
 
-# --- local folders ---
+# Local folders
 
 
 def test_a_local_folder_is_given_back_as_it_is(shared_tiny: Path, home: Path) -> None:
@@ -179,7 +179,7 @@ def test_copying_the_tokenizer_takes_its_files_and_no_others(shared_tiny: Path, 
     assert names(tmp_path / "copy") == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
-# --- GGUF files and packages that carry them ---
+# GGUF files and packages that carry them
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_a_failing_pip_gives_its_last_lines_and_what_to_do(
     assert [path.name for path in (home / "models").iterdir() if path.is_dir()] == []
 
 
-# --- the Hugging Face hub, played by a server on this machine ---
+# The Hugging Face hub, played by a server on this machine
 
 COMMIT = "c0ffee" + "0" * 34
 CHAT = ModelEntry("org/chat", "org/chat")

@@ -51,7 +51,7 @@ def renderer() -> Renderer:
     return Renderer(byte_tokenizer())
 
 
-# --- build_dpo_datums ---------------------------------------------------------------------------------------
+# Build_dpo_datums
 
 
 def test_a_datum_is_its_sequence_shifted_by_one_with_weights_from_the_first_response_token() -> None:
@@ -120,7 +120,8 @@ def test_shortening_keeps_the_prompt_and_invents_nothing(
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt_len", "reason"),
     [
-        ([1, 2, 3], [1, 2, 4], 0, "prompt_len: 0; the first response token needs a token before it"),
+        ([1, 2, 3], [1, 2, 4], 0, "prompt_len: 0; expected a whole number of tokens: the first"),
+        ([1, 2, 3], [1, 2, 4], 1.5, "prompt_len: 1.5; expected a whole number"),
         ([1, 2, 3], [1, 2, 4], -1, "prompt_len: -1; "),
         ([1, 2, 3], [1, 9, 4], 2, "token 1 is 2 in chosen and 9 in rejected"),
         ([1, 2], [1, 2, 4], 2, "chosen: an empty response: 2 tokens, of which 2 are the prompt"),
@@ -131,7 +132,7 @@ def test_shortening_keeps_the_prompt_and_invents_nothing(
         ([], [], 1, "chosen: an empty response: 0 tokens"),
     ],
 )
-def test_what_is_no_pair_is_refused(chosen: Any, rejected: Any, prompt_len: int, reason: str) -> None:
+def test_what_is_no_pair_is_refused(chosen: Any, rejected: Any, prompt_len: Any, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         build_dpo_datums(chosen, rejected, prompt_len)
     assert reason in str(caught.value)
@@ -161,11 +162,11 @@ def test_a_pair_that_shortening_destroys_is_refused(
 def test_settings_out_of_range_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="truncate: 'keep_end'"):
         build_dpo_datums([1, 2], [1, 3], 1, truncate="keep_end")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="max_seq_len: 1 leaves no room"):
+    with pytest.raises(ConfigError, match="max_seq_len: 1; expected a whole number of tokens, at least 2"):
         build_dpo_datums([1, 2], [1, 3], 1, max_seq_len=1)
 
 
-# --- PreferencePair -----------------------------------------------------------------------------------------
+# PreferencePair
 
 
 def datum(inputs: list[int], targets: list[int], scored: list[float]) -> Datum:
@@ -203,7 +204,7 @@ def test_an_illegal_pair_cannot_be_built(rejected: Datum, reason: str) -> None:
     assert reason in str(caught.value)
 
 
-# --- render_pairs -------------------------------------------------------------------------------------------
+# Render_pairs
 
 
 def test_each_row_becomes_a_pair_in_the_order_of_the_file(tmp_path: Path, renderer: Renderer) -> None:

@@ -40,7 +40,7 @@ def sides(chosen: Any, rejected: Any, **fields: Any) -> dict[str, Any]:
     return {"chosen": {"messages": chosen}, "rejected": {"messages": rejected}, **fields}
 
 
-# --- every accepted form ------------------------------------------------------------------------------------
+# Every accepted form
 
 SAME_CONVERSATION = {
     "messages": GOOD,
@@ -167,7 +167,7 @@ def test_metadata_beside_the_conversation_is_ignored(tmp_path: Path) -> None:
     assert len(read_preferences(write(tmp_path, row)).examples) == 1
 
 
-# --- every bad row: where, and why --------------------------------------------------------------------------
+# Every bad row: where, and why
 
 PLAIN = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
 OUTPUTS = {"preferred_output": [FOUR], "non_preferred_output": [FIVE]}
@@ -613,7 +613,7 @@ def test_errors_of_examples_survive_pickling() -> None:
     assert str(error.at("a.jsonl", 3)) == "a.jsonl:3: chosen: empty"
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# Files
 
 
 @pytest.mark.parametrize("on_bad_row", ["fail", "skip"])

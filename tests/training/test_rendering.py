@@ -78,7 +78,7 @@ def render(tokenizer: Tokenizer, example: PreferenceExample) -> RenderedPair:
     return Renderer(tokenizer).render(example)
 
 
-# --- chat ---------------------------------------------------------------------------------------------------
+# Chat
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_without_a_chat_template_the_error_says_what_to_do() -> None:
         render(byte_tokenizer(None), FOUR_OR_FIVE)
 
 
-# --- plain and whole texts ----------------------------------------------------------------------------------
+# Plain and whole texts
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -361,7 +361,7 @@ def test_a_tokenizer_that_puts_a_space_before_the_response_is_refused() -> None:
         render(space_adding_tokenizer(), PlainExample("say:", "yes", "no", line=1))
 
 
-# --- identity and loading -----------------------------------------------------------------------------------
+# Identity and loading
 
 
 def test_the_identity_is_that_of_content_not_of_the_object_or_its_last_call() -> None:

@@ -31,6 +31,7 @@ class Adapter:
     def __init__(self, base: BaseModel, name: str, config: LoraConfig) -> None:
         self._base = base
         self._name = name
+        _refuse_useless_rank(base, config)
         self._peft_config = PeftLoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -129,6 +130,17 @@ def _target_modules(network: PreTrainedModel, config: LoraConfig) -> list[str]:
     last_parts = {name.rsplit(".", 1)[-1] for name in chosen}
     unambiguous = last_parts.isdisjoint(name.rsplit(".", 1)[-1] for name in others)
     return sorted(last_parts if unambiguous else chosen)
+
+
+def _refuse_useless_rank(base: BaseModel, config: LoraConfig) -> None:
+    """B A of a higher rank than the largest matrix has reaches nothing more, and takes memory without end."""
+    shapes = (m.weight.shape for m in base.network.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    largest = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
+    if config.rank > largest:
+        raise ModelError(
+            f"lora_rank: {config.rank} is more than any linear layer of {base.name} has; at most {largest}, or "
+            "0 to train all weights"
+        )
 
 
 def _is_chosen(name: str, is_head: bool, config: LoraConfig) -> bool:

@@ -14,6 +14,7 @@ from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.training_client import TrainingClient
 from firesteel.sdk.transport import Transport
 from firesteel.sdk.types import LoraConfig
+from firesteel.sdk.validation import check_lora
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class ServiceClient:
         if config is not None and lora_rank not in (None, config.rank):
             raise ConfigError(f"lora_rank: {lora_rank} was given, and a lora_config of rank {config.rank}")
         rank = self._agreed("lora_rank", config.rank if config else lora_rank, self.provisioning.lora_rank)
-        if (rank or 0) < 0:
-            raise ConfigError(f"lora_rank: {rank}; 0 trains all weights, an adapter needs 1 or more")
-        if config is None and rank:
-            config = LoraConfig(rank=rank, alpha=lora_alpha, seed=seed)
+        if config is None:
+            config = LoraConfig(rank=rank or 0, alpha=lora_alpha, seed=seed)
+        if rank not in (None, 0):
+            check_lora(config)
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         shape = self._policy_shape(model, rank or 0)
         client = self._create(CreateModel(model, shape, config if rank else None))

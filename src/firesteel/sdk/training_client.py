@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -119,8 +120,10 @@ class TrainingClient:
         check_adam_params(params)
         return self._send(lambda seq: OptimStep(self.model_id, seq, params))
 
-    def save_weights(self, path: str) -> APIFuture[SaveWeightsResponse]:
+    def save_weights(self, path: str | os.PathLike[str]) -> APIFuture[SaveWeightsResponse]:
         """Export to the folder `path`: PEFT's format for a LoRA policy, Hugging Face's for a full one."""
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise OperationError(f"save_weights: path: {path!r}; expected the path of a folder")
         return self._send(lambda seq: SaveWeights(self.model_id, seq, str(path)))
 
     def sample(

@@ -10,12 +10,15 @@ For a token sequence ``t[0..n-1]`` a datum holds ``model_input = t[:-1]`` and ``
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from firesteel.sdk.errors import OperationError
 
 if TYPE_CHECKING:
     import torch
@@ -52,17 +55,13 @@ class TensorData:
         shape: Sequence[int] | None = None,
     ) -> None:
         array = np.asarray(data)
+        if array.dtype.kind not in "biuf":
+            raise OperationError(f"TensorData: values of type {array.dtype}; expected real numbers")
         wanted = dtype or ("int64" if array.dtype.kind in "iu" else "float32")
         if wanted not in ("float32", "int64"):
-            raise ValueError(f"TensorData.dtype: {wanted!r} is not one of 'float32', 'int64'")
-        if (
-            wanted == "int64"
-            and array.dtype.kind == "f"
-            and not (np.isfinite(array) & (array == np.trunc(array))).all()
-        ):
-            raise ValueError(
-                "TensorData: int64 was asked for, but there are values that are no whole numbers"
-            )
+            raise OperationError(f"TensorData.dtype: {wanted!r} is not one of 'float32', 'int64'")
+        if wanted == "int64":
+            _refuse_what_int64_lacks(array)
         array = array.astype(wanted, copy=False)
         if shape is not None and tuple(shape) != array.shape:
             array = array.reshape(tuple(shape))
@@ -130,16 +129,36 @@ class TensorData:
         return TensorData, (self._array,)
 
 
+def _refuse_what_int64_lacks(array: npt.NDArray[Any]) -> None:
+    """A cast would cut off fractions and wrap what is too large, without a word."""
+    if array.dtype.kind == "f":
+        whole = np.isfinite(array) & (array == np.trunc(array))
+        fits = whole & (array >= -(2.0**63)) & (array < 2.0**63)
+    else:
+        fits = array <= np.iinfo(np.int64).max
+    if not fits.all():
+        raise OperationError(
+            "TensorData: int64 was asked for, but there are values that are no whole numbers of 64 bits"
+        )
+
+
 def _shortened(array: npt.NDArray[Any]) -> str:
     return np.array2string(array.ravel(), threshold=6, edgeitems=2, separator=", ")
 
 
 @dataclass(frozen=True)
 class EncodedTextChunk:
-    """A run of token ids."""
+    """A run of token ids. Raises OperationError for what is no whole number."""
 
     tokens: Sequence[int]
     type: Literal["encoded_text"] = "encoded_text"
+
+    def __post_init__(self) -> None:
+        # Not int(): that would make a token id of 1.7, and of the text "3".
+        try:
+            object.__setattr__(self, "tokens", tuple(map(operator.index, self.tokens)))
+        except TypeError as error:
+            raise OperationError(f"tokens: expected whole numbers (token ids): {error}") from None
 
     @property
     def length(self) -> int:
@@ -156,7 +175,7 @@ class ModelInput:
     @classmethod
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
         """One chunk of these token ids."""
-        return cls((EncodedTextChunk(tuple(int(token) for token in tokens)),))
+        return cls((EncodedTextChunk(tuple(tokens)),))
 
     @classmethod
     def empty(cls) -> ModelInput:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 
-from firesteel.sdk.errors import OperationError
-from firesteel.sdk.types import AdamParams, Datum, SamplingParams
+from firesteel.sdk.errors import ConfigError, OperationError
+from firesteel.sdk.types import AdamParams, Datum, LoraConfig, SamplingParams
 
 # What each built-in loss reads from `loss_fn_inputs` beside `target_tokens`, and the settings it takes
 # with their defaults (None = must be given).
@@ -30,6 +30,9 @@ LOSS_SETTINGS: dict[str, dict[str, float | None]] = {
     "cispo": {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     "dro": {"beta": None},
 }
+
+
+_LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 def check_data(
@@ -97,21 +100,50 @@ def check_adam_params(params: AdamParams) -> None:
     """Refuse settings under which a step would damage the weights or do nothing sensible."""
     for name, value in asdict(params).items():
         below_one = name in ("beta1", "beta2")
-        number = float(value) if isinstance(value, Real) else math.nan
-        if not math.isfinite(number) or number < 0 or (below_one and number >= 1):
+        number = _finite(value)
+        if not (number >= 0) or (below_one and number >= 1):
             expected = "a number from 0 to below 1" if below_one else "a finite number of 0 or more"
             raise OperationError(f"adam_params.{name}: {value!r}; expected {expected}")
 
 
+def check_lora(config: LoraConfig) -> None:
+    """Refuse an adapter that cannot be made, or would be another one than was asked for."""
+    if not _is_whole(config.rank, least=1):
+        raise ConfigError(
+            f"lora_rank: {config.rank!r}; expected a whole number, 0 (train all weights) or more"
+        )
+    if not _is_whole(config.seed, least=0, most=_LARGEST_SEED):
+        raise ConfigError(f"LoRA seed: {config.seed!r}; expected a whole number from 0 to {_LARGEST_SEED}")
+    if not (_finite(config.alpha) > 0):
+        raise ConfigError(f"lora_alpha: {config.alpha!r}; expected a finite number above 0")
+
+
 def check_sampling(params: SamplingParams, num_samples: int) -> None:
     """Refuse settings that cannot be sampled with."""
-    if num_samples < 1:
-        raise OperationError(f"num_samples: {num_samples}; expected 1 or more")
-    if params.max_tokens < 1:
-        raise OperationError(f"sampling_params.max_tokens: {params.max_tokens}; expected 1 or more")
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise OperationError(
-            f"sampling_params.temperature: {params.temperature}; expected 0 (greedy) or more"
-        )
-    if not 0 < params.top_p <= 1:
-        raise OperationError(f"sampling_params.top_p: {params.top_p}; expected above 0 and up to 1 (off)")
+    allowed = {
+        "num_samples": (num_samples, _is_whole(num_samples, 1), "a whole number of 1 or more"),
+        "max_tokens": (params.max_tokens, _is_whole(params.max_tokens, 1), "a whole number of 1 or more"),
+        "temperature": (params.temperature, _finite(params.temperature) >= 0, "0 (greedy) or more"),
+        "top_p": (params.top_p, 0 < _finite(params.top_p) <= 1, "above 0 and up to 1 (off)"),
+        "top_k": (params.top_k, _is_whole(params.top_k, -1), "a whole number, -1 is off"),
+        "seed": (
+            params.seed,
+            params.seed is None or _is_whole(params.seed, 0, _LARGEST_SEED),
+            f"a whole number from 0 to {_LARGEST_SEED}",
+        ),
+    }
+    for name, (value, is_allowed, expected) in allowed.items():
+        if not is_allowed:
+            raise OperationError(f"sample: {name}: {value!r}; expected {expected}")
+
+
+def _finite(value: object) -> float:
+    """The number, or NaN (with which every comparison is false) for what is no finite one."""
+    number = float(value) if isinstance(value, Real) else math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _is_whole(value: object, least: int, most: int | None = None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return int(value) >= least and (most is None or int(value) <= most)

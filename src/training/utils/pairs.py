@@ -12,6 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -155,8 +156,8 @@ def render_pairs(
     error (`"fail"`), or listed beside the reader's own bad rows (`"skip"`). Raises DataError if no pair is
     left.
     """
-    if max_pairs is not None and max_pairs < 1:
-        raise ConfigError(f"max_pairs: {max_pairs} is not a number of pairs above 0")
+    if max_pairs is not None and not (isinstance(max_pairs, Integral) and max_pairs >= 1):
+        raise ConfigError(f"max_pairs: {max_pairs!r} is not a number of pairs above 0")
     rules = rules or Rendering()
     pairs: list[PreferencePair] = []
     refused: list[RowError] = []
@@ -243,8 +244,11 @@ def _too_long(rendered: RenderedPair, max_seq_len: int | None) -> str:
 def _refuse_unusable(rendered: RenderedPair) -> None:
     """Raise ExampleError for what is not a pair: no prompt, no response, another prompt, no difference."""
     chosen, rejected, prompt_len = rendered.chosen_tokens, rendered.rejected_tokens, rendered.prompt_len
-    if prompt_len < 1:
-        raise ExampleError("prompt_len", f"{prompt_len}; the first response token needs a token before it")
+    if not isinstance(prompt_len, Integral) or prompt_len < 1:
+        raise ExampleError(
+            "prompt_len",
+            f"{prompt_len!r}; expected a whole number of tokens: the first response token needs a token before it",
+        )
     shared = shared_length(chosen[:prompt_len], rejected[:prompt_len])
     if shared < min(prompt_len, len(chosen), len(rejected)):
         raise ExampleError(
@@ -314,9 +318,9 @@ def _token_ids(name: str, tokens: Sequence[int]) -> Tokens:
 
 
 def _refuse_limit(max_seq_len: int | None) -> None:
-    if max_seq_len is not None and max_seq_len < 2:
+    if max_seq_len is not None and not (isinstance(max_seq_len, Integral) and max_seq_len >= 2):
         raise ConfigError(
-            f"max_seq_len: {max_seq_len} leaves no room for a prompt and a response; give at least 2"
+            f"max_seq_len: {max_seq_len!r}; expected a whole number of tokens, at least 2 (prompt and response)"
         )
 
 

@@ -83,7 +83,7 @@ def save(config: PretrainedConfig, folder: Path) -> Path:
     return folder
 
 
-# --- off is the base, and a fresh one is too -------------------------------------------------------------
+# Off is the base, and a fresh one is too
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -144,7 +144,7 @@ def test_making_an_adapter_draws_no_number_of_the_process(llama_folder: str) -> 
     assert torch.equal(torch.rand(3), expected)
 
 
-# --- which layers ----------------------------------------------------------------------------------------
+# Which layers
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,12 @@ def test_an_adapter_that_would_train_nothing_is_refused(llama_folder: str) -> No
         lora_trainer(load(llama_folder), config=LoraConfig(4, train_attn=False, train_mlp=False))
 
 
+def test_a_rank_that_no_layer_has_is_refused_before_it_takes_memory(llama_folder: str) -> None:
+    lora_trainer(load(llama_folder), config=LoraConfig(32))
+    with pytest.raises(ModelError, match=r"lora_rank: 1000000000 is more than .*; at most 32"):
+        lora_trainer(load(llama_folder), config=LoraConfig(10**9))
+
+
 @pytest.mark.parametrize("head_first", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "biogpt"])
 def test_an_adapter_chooses_the_same_layers_on_a_base_that_another_has_changed(
@@ -231,7 +237,7 @@ def test_an_adapter_chooses_the_same_layers_on_a_base_that_another_has_changed(
     )
 
 
-# --- several on one base ---------------------------------------------------------------------------------
+# Several on one base
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -296,7 +302,7 @@ def test_the_gradient_of_one_adapter_waits_while_another_works(
     assert all(torch.equal(gradients(one)[n], waiting[n]) for n in waiting)
 
 
-# --- what others read ------------------------------------------------------------------------------------
+# What others read
 
 
 @pytest.mark.parametrize("unembed", [False, True])

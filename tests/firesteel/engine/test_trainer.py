@@ -90,7 +90,7 @@ def plain_gradient(network: PreTrainedModel, data: Sequence[Datum]) -> dict[str,
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-# --- the same gradient as the plain path -----------------------------------------------------------------
+# The same gradient as the plain path
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -172,7 +172,7 @@ def test_a_pair_that_differs_in_its_first_answer_token_only_is_learnt_from(
     assert relative_difference(plain, ours) <= 1e-5
 
 
-# --- who divides: nobody here ----------------------------------------------------------------------------
+# Who divides: nobody here
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -291,7 +291,7 @@ def test_an_optimizer_step_clears_the_gradient(llama_folder: str, rng: np.random
         trainer.optim_step(AdamParams())
 
 
-# --- never half a gradient -------------------------------------------------------------------------------
+# Never half a gradient
 
 
 def failing_at(data: Sequence[Datum], fatal: int) -> DatumLoss:
@@ -374,7 +374,7 @@ def test_a_frozen_reference_only_runs_forward(llama_folder: str, rng: np.random.
             call()
 
 
-# --- learning, in the large ------------------------------------------------------------------------------
+# Learning, in the large
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -453,6 +453,12 @@ def test_a_sequence_that_just_fits_runs(client) -> None:
     assert client.forward([LONGEST]).loss_fn_outputs[0]["logprobs"].shape == [127]
 
 
+@pytest.mark.parametrize("path", [None, "", 3])
+def test_weights_are_not_saved_to_what_names_no_folder(client, path) -> None:
+    with pytest.raises(OperationError, match=r"save_weights: path: .*; expected the path of a folder"):
+        client.save_weights(path)
+
+
 def test_a_frozen_reference_only_runs_forward(service, client, data, tmp_path) -> None:
     reference = service.create_reference_client(client.description.base_model, 2, policy_client=client)
     reference.forward(data).result()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firesteel.sdk import AdamParams, Datum, EncodedTextChunk, ModelInput, TensorData
+from firesteel.sdk import AdamParams, Datum, EncodedTextChunk, ModelInput, OperationError, TensorData
 
 FLOAT_NAMES = ("weights", "advantages", "logprobs", "clip_low_threshold", "clip_high_threshold")
 
@@ -114,6 +115,43 @@ def test_a_value_that_int64_cannot_hold_is_refused_and_not_cut_off(value: float)
     with pytest.raises(ValueError, match="int64"):
         TensorData([1.0, value], "int64")
     assert TensorData([1.0, 2.0], "int64").data == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([2**63], None),
+        ([-(2**63) - 1], None),
+        (np.array([2**63], np.uint64), None),
+        ([2.0**63], "int64"),
+        ([1 + 2j], None),
+        (["1"], None),
+        ([None], None),
+        (np.array(["2020-01-01"], "datetime64[D]"), None),
+    ],
+)
+def test_values_that_would_be_changed_by_storing_them_are_refused(values: Any, dtype: Any) -> None:
+    with pytest.raises(OperationError, match="TensorData"):
+        TensorData(values, dtype)
+
+
+def test_the_largest_integers_are_kept() -> None:
+    assert TensorData([-(2**63), 2**63 - 1]).data == [-(2**63), 2**63 - 1]
+
+
+@pytest.mark.parametrize("tokens", [[1.0], [1, 2.5], ["3"], np.array([1.5]), [None]])
+def test_a_token_id_is_a_whole_number_and_nothing_that_could_be_made_one(tokens: Any) -> None:
+    with pytest.raises(OperationError, match="token ids"):
+        ModelInput.from_ints(tokens)
+    with pytest.raises(OperationError, match="token ids"):
+        EncodedTextChunk(tokens)
+
+
+def test_token_ids_of_arrays_and_tensors_become_plain_ones() -> None:
+    for tokens in ([1, 2], np.array([1, 2], np.int32), torch.tensor([1, 2]), (i for i in (1, 2))):
+        ids = ModelInput.from_ints(tokens).to_ints()
+        assert ids == [1, 2]
+        assert {type(token) for token in ids} == {int}
 
 
 def test_tensor_data_cannot_be_changed() -> None:
