@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from firesteel import store
 from firesteel.catalog import load_catalog
+from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import load_base
 from firesteel.engine.packing import plan
 from firesteel.engine.trainer import Sequences, Trainer, linear_loss
@@ -209,8 +210,8 @@ def our_gradient(start: Start) -> Iterator[tuple[str, torch.Tensor]]:
     pairs = our_pairs(start)[:BATCH]
     datums = [datum for pair in pairs for datum in pair.datums]
     tokens = tuple(np.asarray(datum.model_input.to_ints()) for datum in datums)
-    targets = tuple(datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in datums)
-    sequences = Sequences(tokens, targets, plan(tokens, 1024))
+    asked = tuple(Asked(datum.loss_fn_inputs["target_tokens"].to_numpy()) for datum in datums)
+    sequences = Sequences(tokens, asked, plan(tokens, 1024))
     scores = trainer.forward(sequences, lambda index, logprobs: logprobs.sum()).logprobs
     scored = [row[d.loss_fn_inputs["weights"].to_numpy() != 0] for row, d in zip(scores, datums, strict=True)]
     references = [PairLogprobs(scored[i], scored[i + 1]) for i in range(0, len(scored), 2)]

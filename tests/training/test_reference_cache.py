@@ -48,10 +48,10 @@ class CountingReference:
     sequences: int = 0
     drift: float = 0.0
 
-    def forward(self, data: Sequence[Datum]) -> ForwardBackwardOutput:
+    def forward(self, data: Sequence[Datum], *, weighted_only: bool = False) -> ForwardBackwardOutput:
         self.forwards += 1
         self.sequences += len(data)
-        answer = self.client.forward(data).result()
+        answer = self.client.forward(data, weighted_only=weighted_only).result()
         drifted = [
             {"logprobs": TensorData(output["logprobs"].to_numpy() + np.float32(self.drift), "float32")}
             for output in answer.loss_fn_outputs
@@ -236,8 +236,8 @@ class Deadly(list):
         os.kill(os.getpid(), signal.SIGKILL)
 
 class Killed(CountingReference):
-    def forward(self, data):
-        answer = super().forward(data)
+    def forward(self, data, *, weighted_only=False):
+        answer = super().forward(data, weighted_only=weighted_only)
         outputs = answer.loss_fn_outputs
         return replace(answer, loss_fn_outputs=Deadly(outputs)) if self.forwards == 2 else answer
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -20,9 +21,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from firesteel.engine.models import BaseModel
+from firesteel.engine.head import Head, HeadForm, LowRank
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.types import LoraConfig
+
+if TYPE_CHECKING:
+    from firesteel.engine.models import BaseModel
 
 
 class Adapter:
@@ -106,6 +110,19 @@ def switch_adapter(network: PreTrainedModel, name: str | None) -> None:
         else:
             layer.enable_adapters(True)
             layer.set_adapter([name])
+
+
+def output_head(network: PreTrainedModel, form: HeadForm) -> Head:
+    """The head as it computes now: its own weights and, if one is active, the adapter's."""
+    layer = network.get_output_embeddings()
+    if not isinstance(layer, LoraLayer):
+        return Head(layer.weight, layer.bias, form=form)
+    plain = layer.get_base_layer()
+    if layer.disable_adapters:
+        return Head(plain.weight, plain.bias, form=form)
+    (name,) = layer.active_adapters
+    low_rank = LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    return Head(plain.weight, plain.bias, low_rank, form)
 
 
 def _adapted_layers(network: nn.Module) -> Iterator[LoraLayer]:

@@ -13,6 +13,7 @@ import torch
 
 from firesteel import store
 from firesteel.catalog import ModelEntry, load_catalog
+from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import (
     BaseModel,
     load_base,
@@ -64,6 +65,7 @@ class RetainedForward:
     """What a `Backward` needs of the forward it belongs to."""
 
     data: tuple[Datum, ...]
+    weighted_only: bool
     answer: ForwardBackwardOutput
 
 
@@ -192,18 +194,22 @@ class Host:
 
     def _forward(self, operation: Forward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
+        check_data(operation.data, operation.loss_fn, operation.loss_fn_config, operation.weighted_only)
         loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
-        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
-        answer = _answer(model.trainer.forward(_sequences(model, operation.data), loss))
+        sequences = _sequences(model, operation.data, operation.weighted_only)
+        answer = _answer(model.trainer.forward(sequences, loss))
         if operation.retain:
-            model.retained[operation.seq_id] = RetainedForward(operation.data, answer)
+            model.retained[operation.seq_id] = RetainedForward(
+                operation.data, operation.weighted_only, answer
+            )
         return answer
 
     def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
-        check_data(operation.data, operation.loss_fn, operation.loss_fn_config)
+        check_data(operation.data, operation.loss_fn, operation.loss_fn_config, operation.weighted_only)
         loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
-        return _answer(model.trainer.forward_backward(_sequences(model, operation.data), loss))
+        sequences = _sequences(model, operation.data, operation.weighted_only)
+        return _answer(model.trainer.forward_backward(sequences, loss))
 
     def _backward(self, operation: Backward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -218,9 +224,8 @@ class Host:
             raise OperationError(
                 f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
             )
-        model.trainer.forward_backward(
-            _sequences(model, retained.data), linear_loss(operation.dloss_dlogprob)
-        )
+        sequences = _sequences(model, retained.data, retained.weighted_only)
+        model.trainer.forward_backward(sequences, linear_loss(operation.dloss_dlogprob))
         return retained.answer
 
     def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
@@ -265,7 +270,7 @@ def devices_found() -> tuple[str, ...]:
     return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
+def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool) -> Sequences:
     """A call's data as arrays, checked against the model, and its micro-batch plan."""
     tokens = tuple(np.asarray(datum.model_input.to_ints(), dtype=np.int64) for datum in data)
     targets = tuple(datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data)
@@ -282,7 +287,11 @@ def _sequences(model: HostedModel, data: tuple[Datum, ...]) -> Sequences:
                 f"data[{index}]: token id {highest if highest >= vocabulary else lowest}; "
                 f"{model.description.base_model} knows 0 to {vocabulary - 1}"
             )
-    return Sequences(tokens, targets, plan(tokens, TOKENS_PER_PASS))
+    asked = tuple(
+        Asked(t, datum.loss_fn_inputs["weights"].to_numpy() != 0 if weighted_only else None)
+        for t, datum in zip(targets, data, strict=True)
+    )
+    return Sequences(tokens, asked, plan(tokens, TOKENS_PER_PASS))
 
 
 def _answer(scores: Scores) -> ForwardBackwardOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from firesteel.catalog import ModelEntry
 from firesteel.engine.attention import TREE_ATTENTION, using_attention
-from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
+from firesteel.engine.head import HeadForm, head_form
+from firesteel.engine.logprobs import Asked, plain_logprobs, tree_logprobs
 from firesteel.engine.packing import pack
 from firesteel.fetching import quiet_transformers
 from firesteel.sdk.errors import ModelError
@@ -46,6 +47,8 @@ class BaseModel:
     folder: Path
     network: PreTrainedModel
     attention: Literal["tree", "plain"]
+    head: HeadForm | None
+    """What the head's output goes through to become logits; None = unknown: its own code makes all logits."""
     native_attention: str
     """transformers' own choice for this model: what sampling and plain passes use."""
     max_context_length: int
@@ -67,6 +70,7 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
         )
     network.requires_grad_(False).eval().to(shape.device)
     native_attention = network.config._attn_implementation
+    head = _known_head(name, network)
     reason = why_not_tree(network)
     if reason is None:
         network.config._attn_implementation = TREE_ATTENTION
@@ -78,6 +82,7 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
         folder=folder,
         network=network,
         attention="plain" if reason else "tree",
+        head=head,
         native_attention=native_attention,
         max_context_length=_context_length(name, network.config, shape),
     )
@@ -139,18 +144,49 @@ def _rope_settings(ropes: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return nested or [ropes]
 
 
+def _known_head(name: str, network: PreTrainedModel) -> HeadForm | None:
+    """The head's form, if the body and it give the model's own log-probabilities on a small text."""
+    generator = np.random.default_rng(0)
+    vocabulary = int(network.get_input_embeddings().weight.shape[0])
+    tokens = generator.integers(0, vocabulary, 8)
+    asked = Asked(generator.integers(0, vocabulary, (8, 16)))
+    form = head_form(network.config)
+    with torch.no_grad():
+        own = plain_logprobs(network, tokens, asked, form=None)
+        ours = _tried(lambda: plain_logprobs(network, tokens, asked, form))
+    if isinstance(ours, Exception):
+        reason = str(ours)
+    else:
+        # Both start from one state: they differ by rounding, in bfloat16 by that of the logits.
+        tolerance = 1e-4 if network.dtype in (torch.float32, torch.float64) else 0.1
+        difference = float((own - ours).abs().max())
+        if difference <= tolerance * max(1.0, float(own.abs().max()) / 10):
+            return form
+        reason = f"its log-probabilities differ by {difference:.2g} from hidden states times head"
+    logger.warning("%s: %s; all its logits are computed (more memory, same numbers)", name, reason)
+    return None
+
+
+def _tried(compute: Callable[[], torch.Tensor]) -> torch.Tensor | Exception:
+    """What a way of computing gives, or why an architecture cannot be computed so: its own code always works."""
+    try:
+        return compute()
+    except Exception as error:  # noqa: BLE001  # whatever a foreign architecture lacks, it runs without
+        return error
+
+
 def _wrong_on_a_small_tree(network: PreTrainedModel) -> str | None:
     generator = np.random.default_rng(0)
     vocabulary = int(network.get_input_embeddings().weight.shape[0])
     prompt, one, two = (generator.integers(0, vocabulary, n, dtype=np.int64) for n in (5, 4, 3))
     sequences = [np.concatenate([prompt, one]), np.concatenate([prompt, two])]
     with torch.no_grad():
-        plain = torch.cat([plain_logprobs(network, tokens, tokens) for tokens in sequences])
-        try:
-            with using_attention(network, TREE_ATTENTION):
-                tree = torch.cat(tree_logprobs(network, pack(sequences), sequences))
-        except Exception as error:  # noqa: BLE001  # whatever stops it on a tree, it runs without one
-            return f"it cannot run on a prefix tree ({error})"
+        plain = torch.cat([plain_logprobs(network, s, Asked(s), form=None) for s in sequences])
+        with using_attention(network, TREE_ATTENTION):
+            asked = [Asked(s) for s in sequences]
+            tree = _tried(lambda: torch.cat(tree_logprobs(network, pack(sequences), asked, form=None)))
+    if isinstance(tree, Exception):
+        return f"it cannot run on a prefix tree ({tree})"
     difference = float((plain - tree).abs().max())
     # A wrong mask or position is off by whole nats; rounding is not.
     tolerance = 1e-3 if network.dtype in (torch.float32, torch.float64) else 0.3
@@ -193,4 +229,7 @@ def numerics_identity(base: BaseModel) -> str:
     """What else decides the last bits: dtype, device type, attention path and library versions."""
     minor = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
     dtype = str(base.network.dtype).removeprefix("torch.")
-    return f"{dtype} {base.network.device.type} {base.attention} torch-{minor[0]} transformers-{minor[1]}"
+    head = "fused-head" if base.head else "own-head"
+    return (
+        f"{dtype} {base.network.device.type} {base.attention} {head} torch-{minor[0]} transformers-{minor[1]}"
+    )

@@ -16,7 +16,7 @@ import torch
 
 from firesteel.engine.adapters import Adapter, switch_adapter
 from firesteel.engine.attention import using_attention
-from firesteel.engine.logprobs import plain_logprobs, tree_logprobs
+from firesteel.engine.logprobs import Asked, plain_logprobs, tree_logprobs
 from firesteel.engine.losses import datum_loss
 from firesteel.engine.models import BaseModel
 from firesteel.engine.optimizer import Optimizer
@@ -31,7 +31,7 @@ class Sequences:
     """The data of one call as arrays, and how they are cut into passes."""
 
     tokens: tuple[IntArray, ...]
-    targets: tuple[IntArray, ...]
+    asked: tuple[Asked, ...]
     plan: tuple[MicroBatch, ...]
 
 
@@ -140,15 +140,14 @@ class Trainer:
         self, batch: MicroBatch, sequences: Sequences
     ) -> Iterator[tuple[tuple[int, ...], list[torch.Tensor]]]:
         """The passes of one micro-batch: one over its tree, or one per sequence where trees cannot be used."""
-        network = self.base.network
+        network, head = self.base.network, self.base.head
         if self.base.attention == "tree":
-            yield (
-                batch.members,
-                tree_logprobs(network, batch.tree, [sequences.targets[i] for i in batch.members]),
-            )
+            asked = [sequences.asked[i] for i in batch.members]
+            yield batch.members, tree_logprobs(network, batch.tree, asked, head)
             return
         for index in batch.members:
-            yield (index,), [plain_logprobs(network, sequences.tokens[index], sequences.targets[index])]
+            tokens, asked_here = sequences.tokens[index], sequences.asked[index]
+            yield (index,), [plain_logprobs(network, tokens, asked_here, head)]
 
     @contextmanager
     def _weights(self) -> Iterator[None]:

@@ -105,7 +105,8 @@ class UnloadModel:
 class Forward:
     """Log-probabilities of the targets and the loss, no gradient. Result: `ForwardBackwardOutput`.
 
-    With `retain`, a `Backward(of=seq_id)` may follow, as long as the weights do not change.
+    With `retain`, a `Backward(of=seq_id)` may follow, as long as the weights do not change. With
+    `weighted_only`, targets of weight 0 are not scored: their log-probabilities read 0.0.
     """
 
     model_id: str
@@ -113,6 +114,7 @@ class Forward:
     data: tuple[Datum, ...]
     loss_fn: LossName = "cross_entropy"
     loss_fn_config: Mapping[str, float] | None = None
+    weighted_only: bool = False
     retain: bool = False
 
 
@@ -125,6 +127,7 @@ class ForwardBackward:
     data: tuple[Datum, ...]
     loss_fn: LossName = "cross_entropy"
     loss_fn_config: Mapping[str, float] | None = None
+    weighted_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,23 +75,34 @@ class TrainingClient:
         data: Iterable[Any],
         loss_fn: LossName = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        weighted_only: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Log-probability of every target (`loss_fn_outputs[i]["logprobs"]`) and the summed loss; no gradient."""
-        ours = self._checked(data, loss_fn, loss_fn_config)
-        return self._send(lambda seq: Forward(self.model_id, seq, ours, loss_fn, loss_fn_config))
+        """Log-probability of every target (`loss_fn_outputs[i]["logprobs"]`) and the summed loss; no gradient.
+
+        With `weighted_only` targets of weight 0 cost nothing and read 0.0: for losses that do not look at them.
+        """
+        ours = self._checked(data, loss_fn, loss_fn_config, weighted_only)
+        return self._send(
+            lambda seq: Forward(self.model_id, seq, ours, loss_fn, loss_fn_config, weighted_only)
+        )
 
     def forward_backward(
         self,
         data: Iterable[Any],
         loss_fn: LossName = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        weighted_only: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Add the gradient of a built-in loss: a **sum** over tokens and data, divided by nothing."""
-        ours = self._checked(data, loss_fn, loss_fn_config)
-        return self._send(lambda seq: ForwardBackward(self.model_id, seq, ours, loss_fn, loss_fn_config))
+        ours = self._checked(data, loss_fn, loss_fn_config, weighted_only)
+        return self._send(
+            lambda seq: ForwardBackward(self.model_id, seq, ours, loss_fn, loss_fn_config, weighted_only)
+        )
 
     def forward_backward_custom(
-        self, data: Iterable[Any], loss_fn: CustomLoss
+        self, data: Iterable[Any], loss_fn: CustomLoss, *, weighted_only: bool = False
     ) -> APIFuture[ForwardBackwardOutput]:
         """Add the gradient of any loss of the log-probabilities.
 
@@ -99,13 +110,19 @@ class TrainingClient:
         float32 CPU tensor per datum, shaped like its targets. It returns a scalar tensor and a dict of numbers,
         which becomes the result's `metrics` (beside `loss:sum`). If it raises, nothing has happened: no
         gradient, no number used, the client goes on.
+
+        With `weighted_only` targets of weight 0 are not scored and read 0.0; a loss that depends on them raises.
         """
         passed = list(data)
-        ours = self._checked(_without_extras(passed), "cross_entropy", None)
-        forward, of = self._send_numbered(lambda seq: Forward(self.model_id, seq, ours, retain=True))
+        ours = self._checked(_without_extras(passed), "cross_entropy", None, weighted_only)
+        forward, of = self._send_numbered(
+            lambda seq: Forward(self.model_id, seq, ours, weighted_only=weighted_only, retain=True)
+        )
         output = forward.result()
         try:
             gradient, metrics = _differentiate(loss_fn, passed, output)
+            if weighted_only:
+                _refuse_unscored(ours, gradient)
             return self._send(
                 lambda seq: Backward(self.model_id, seq, of, gradient),
                 lambda result: replace(result, metrics=metrics),
@@ -157,11 +174,15 @@ class TrainingClient:
             self._ledger.close()
 
     def _checked(
-        self, data: Iterable[Any], loss_fn: str, loss_fn_config: Mapping[str, float] | None
+        self,
+        data: Iterable[Any],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        weighted_only: bool,
     ) -> tuple[Datum, ...]:
         self._ledger.raise_unread()
         ours = as_data(data)
-        check_data(ours, loss_fn, loss_fn_config)
+        check_data(ours, loss_fn, loss_fn_config, weighted_only)
         return ours
 
     def _send(
@@ -194,6 +215,15 @@ def _without_extras(data: list[Any]) -> list[Datum]:
         Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in needed if name in d.loss_fn_inputs})
         for d in as_data(data)
     ]
+
+
+def _refuse_unscored(data: Sequence[Datum], gradient: Sequence[FloatArray]) -> None:
+    for index, (datum, slope) in enumerate(zip(data, gradient, strict=True)):
+        if (slope[datum.loss_fn_inputs["weights"].to_numpy() == 0] != 0).any():
+            raise OperationError(
+                f"the custom loss depends on log-probabilities of data[{index}] whose weight is 0, which "
+                "weighted_only leaves out; call without it"
+            )
 
 
 def _differentiate(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TensorDtype = Literal["float32", "int64"]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 # The dtype of plain Python lists, by the name under which they arrive (the Tinker API's rule).
 _DTYPE_OF_INPUT: dict[str, TensorDtype] = {

@@ -36,7 +36,10 @@ _LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 def check_data(
-    data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float] | None = None,
+    weighted_only: bool = False,
 ) -> None:
     """Refuse what no trainer could run, before it is sent.
 
@@ -59,6 +62,21 @@ def check_data(
         raise OperationError("data: empty; at least one datum is needed")
     for index, datum in enumerate(data):
         _check_datum(index, datum, loss_fn)
+    if weighted_only:
+        _check_weighted_only(data, loss_fn)
+
+
+def _check_weighted_only(data: Sequence[Datum], loss_fn: str) -> None:
+    if loss_fn != "cross_entropy":
+        raise OperationError(
+            f"weighted_only: {loss_fn} reads every log-probability, whatever its weight; only cross_entropy and "
+            "custom losses can leave some out"
+        )
+    for index, datum in enumerate(data):
+        if "weights" not in datum.loss_fn_inputs:
+            raise OperationError(
+                f"data[{index}].loss_fn_inputs: weighted_only needs 'weights': they say what is scored"
+            )
 
 
 def _check_datum(index: int, datum: Datum, loss_fn: str) -> None:

@@ -276,7 +276,8 @@ def train_step(
     pairs = [run.split.train[row] for row in batch.rows]
     loss = make_dpo_loss(pairs, [references[row] for row in batch.rows], run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
-    result = policy.forward_backward_custom([datum for pair in pairs for datum in pair.datums], loss)
+    data = [datum for pair in pairs for datum in pair.datums]
+    result = policy.forward_backward_custom(data, loss, weighted_only=True)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
     work = StepWork(sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch)
     measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], **optimizer}

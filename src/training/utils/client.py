@@ -44,22 +44,31 @@ class ReconnectableClient:
         data: Iterable[Any],
         loss_fn: LossName = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        weighted_only: bool = False,
     ) -> ForwardBackwardOutput:
         """See `TrainingClient.forward`."""
-        return self._client.forward(data, loss_fn, loss_fn_config).result(self._timeout)
+        future = self._client.forward(data, loss_fn, loss_fn_config, weighted_only=weighted_only)
+        return future.result(self._timeout)
 
     def forward_backward(
         self,
         data: Iterable[Any],
         loss_fn: LossName = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        weighted_only: bool = False,
     ) -> ForwardBackwardOutput:
         """See `TrainingClient.forward_backward`."""
-        return self._client.forward_backward(data, loss_fn, loss_fn_config).result(self._timeout)
+        future = self._client.forward_backward(data, loss_fn, loss_fn_config, weighted_only=weighted_only)
+        return future.result(self._timeout)
 
-    def forward_backward_custom(self, data: Iterable[Any], loss_fn: Any) -> ForwardBackwardOutput:
+    def forward_backward_custom(
+        self, data: Iterable[Any], loss_fn: Any, *, weighted_only: bool = False
+    ) -> ForwardBackwardOutput:
         """See `TrainingClient.forward_backward_custom`."""
-        return self._client.forward_backward_custom(data, loss_fn).result(self._timeout)
+        future = self._client.forward_backward_custom(data, loss_fn, weighted_only=weighted_only)
+        return future.result(self._timeout)
 
     def optim_step(self, adam_params: Any) -> OptimStepResponse:
         """See `TrainingClient.optim_step`."""

@@ -66,7 +66,8 @@ def evaluate(
     logprobs = []
     for start in range(0, len(pairs), batch_size):
         data = [datum for pair in pairs[start : start + batch_size] for datum in pair.datums]
-        logprobs += [output["logprobs"].to_torch() for output in policy.forward(data).loss_fn_outputs]
+        outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
+        logprobs += [output["logprobs"].to_torch() for output in outputs]
     return preference_metrics(score_pairs(pairs, logprobs, references), objective)
 
 

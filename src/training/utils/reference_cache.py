@@ -24,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput
+from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, TensorData
 from firesteel.sdk.operations import ModelIdentity
 from firesteel.sdk.types import FloatArray
 from training.utils.losses import PairLogprobs
@@ -46,8 +46,8 @@ _SCHEMA = (
 class Reference(Protocol):
     """What the cache asks of a reference client."""
 
-    def forward(self, data: Sequence[Datum]) -> ForwardBackwardOutput:
-        """Log-probabilities of every target."""
+    def forward(self, data: Sequence[Datum], *, weighted_only: bool = False) -> ForwardBackwardOutput:
+        """Log-probabilities of every target, or of those whose weight is not 0."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class ReferenceCache:
 
     def _compute(self, block: Sequence[PreferencePair], reference: Reference) -> int:
         """Compute a whole block and commit it; entries that are there stay. Returns how many pairs were damaged."""
-        outputs = reference.forward([datum for pair in block for datum in pair.datums]).loss_fn_outputs
+        outputs = _forward(reference, block)
         damaged: set[int] = set()
         with self._database:  # commits, or rolls back if anything in it raises
             self._database.execute("BEGIN IMMEDIATE")
@@ -198,7 +198,7 @@ class ReferenceCache:
     def _probe(self, pairs: Sequence[PreferencePair], reference: Reference) -> None:
         if not pairs:
             return
-        outputs = reference.forward([datum for pair in pairs for datum in pair.datums]).loss_fn_outputs
+        outputs = _forward(reference, pairs)
         for datum, output in zip((d for p in pairs for d in p.datums), outputs, strict=True):
             cached = self._lookup(self._key(datum))
             now = output["logprobs"].to_numpy()[_scored(datum)]
@@ -236,6 +236,12 @@ class ReferenceCache:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part.tobytes())
         return digest.digest()
+
+
+def _forward(reference: Reference, pairs: Sequence[PreferencePair]) -> list[dict[str, TensorData]]:
+    """The outputs of all chosen and rejected sides in turn."""
+    data = [datum for pair in pairs for datum in pair.datums]
+    return reference.forward(data, weighted_only=True).loss_fn_outputs
 
 
 def _scored(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PhiC
 
 from conftest import ARCHITECTURES, VOCABULARY
 from firesteel.engine import logprobs
-from firesteel.engine.logprobs import tree_logprobs
+from firesteel.engine.head import HeadForm, head_form
+from firesteel.engine.logprobs import Asked, tree_logprobs
 from firesteel.engine.packing import pack
 from firesteel.sdk import Datum, ModelInput
 from plain import load_plain, norms_in_own_dtype, plain_logits, plain_logprobs
@@ -72,12 +73,14 @@ def forest(rng: np.random.Generator) -> list[Datum]:
     return [datum(np.concatenate(part)) for part in parts]
 
 
+def asked_of(d: Datum) -> Asked:
+    return Asked(d.loss_fn_inputs["target_tokens"].to_numpy())
+
+
 def on_a_tree(network: PreTrainedModel, data: Iterable[Datum]) -> list[torch.Tensor]:
     rows = [np.asarray(d.model_input.to_ints(), np.int64) for d in data]
     with torch.no_grad():
-        return tree_logprobs(
-            network, pack(rows), [d.loss_fn_inputs["target_tokens"].to_numpy() for d in data]
-        )
+        return tree_logprobs(network, pack(rows), [asked_of(d) for d in data], head_form(network.config))
 
 
 def by_itself(network: PreTrainedModel, data: Iterable[Datum]) -> list[torch.Tensor]:
@@ -115,7 +118,36 @@ def test_what_a_head_does_beside_a_product_counts(
     network.save_pretrained(tmp_path)
     base, data = load(tmp_path), forest(rng)
     assert base.attention == "tree"
+    assert base.head is not None
     assert largest_difference(on_a_tree(base.network, data), by_itself(load_plain(tmp_path), data)) <= 1e-5
+
+
+def test_what_is_not_asked_for_reads_zero_and_the_rest_is_the_same(
+    model_folders: dict[str, Path], rng: np.random.Generator
+) -> None:
+    network, data = load(model_folders["llama"]).network, forest(rng)
+    rows = [np.asarray(d.model_input.to_ints()) for d in data]
+    everything = on_a_tree(network, data)
+    masks = [rng.random(len(row)) < 0.4 for row in rows]
+    masks[0][:] = False
+    asked = [Asked(asked_of(d).targets, mask) for d, mask in zip(data, masks, strict=True)]
+    for form in (None, HeadForm()):
+        with torch.no_grad():
+            some = tree_logprobs(network, pack(rows), asked, form)
+        for values, all_values, mask in zip(some, everything, masks, strict=True):
+            assert values[~mask].count_nonzero() == 0
+            assert largest_difference([values[mask]], [all_values[mask]]) <= 1e-5 if mask.any() else True
+
+
+def test_where_nothing_is_asked_for_the_model_does_not_run(llama_folder: str) -> None:
+    network = load(llama_folder).network
+    network.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    network.base_model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    row = np.arange(2, 9)
+    nothing = Asked(row, np.zeros(len(row), bool))
+    (values,) = tree_logprobs(network, pack([row]), [nothing], HeadForm())
+    assert values.tolist() == [0.0] * 7
+    assert logprobs.plain_logprobs(network, row, nothing, HeadForm()).tolist() == [0.0] * 7
 
 
 def test_segments_of_one_length_are_not_mistaken_for_each_other(
@@ -254,17 +286,16 @@ def test_answers_that_differ_in_their_first_token_are_told_apart_there(
     assert largest_difference(ours, by_itself(plain, data)) <= 1e-5
 
 
+@pytest.mark.parametrize("form", [None, HeadForm()], ids=["own head", "fused head"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_engines_own_path_without_a_tree_gives_the_same_numbers(
-    model_folders: dict[str, Path], rng: np.random.Generator, name: str
+    model_folders: dict[str, Path], rng: np.random.Generator, name: str, form: HeadForm | None
 ) -> None:
     data = forest(rng)
     network = AutoModelForCausalLM.from_pretrained(model_folders[name], dtype=torch.float32).eval()
     with torch.no_grad():
         ours = [
-            logprobs.plain_logprobs(
-                network, np.asarray(d.model_input.to_ints()), d.loss_fn_inputs["target_tokens"].to_numpy()
-            )
+            logprobs.plain_logprobs(network, np.asarray(d.model_input.to_ints()), asked_of(d), form)
             for d in data
         ]
     assert largest_difference(ours, by_itself(load_plain(model_folders[name]), data)) <= 1e-5

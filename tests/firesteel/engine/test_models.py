@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, VOCABULARY, make_datum
+from firesteel.engine.head import HeadForm
 from firesteel.engine.models import numerics_identity, weights_identity
 from firesteel.engine.trainer import Trainer, built_in_loss
 from plain import load_plain, plain_logprobs
@@ -108,6 +109,40 @@ def test_a_model_that_a_tree_cannot_serve_takes_the_plain_path_and_says_so(
         (-(theirs * d.loss_fn_inputs["weights"].to_torch()).sum()).backward()
     expected = {n: p.grad for n, p in plain.named_parameters()}
     assert relative_difference(expected, gradients(trainer)) <= 1e-5
+
+
+class OddHead(torch.nn.Linear):
+    """Does something to its output that no configuration tells."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states).sin()
+
+
+def test_a_head_of_unknown_form_makes_its_own_logits_and_says_so(
+    llama_folder: str, rng: np.random.Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.models.llama.modeling_llama.nn.Linear", OddHead)
+        with caplog.at_level(logging.WARNING, logger="firesteel"):
+            trainer = full_trainer(llama_folder)
+        plain = load_plain(llama_folder)
+    assert isinstance(plain.lm_head, OddHead)
+    assert trainer.base.head is None
+    assert [r for r in caplog.records if "all its logits are computed" in r.message]
+    assert "own-head" in numerics_identity(trainer.base)
+
+    data = [make_datum(rng.integers(2, VOCABULARY, 20), 9)]
+    scores = trainer.forward_backward(sequences(data), built_in_loss("cross_entropy", data, None))
+    theirs = plain_logprobs(plain, data[0])
+    assert scores.logprobs[0] == pytest.approx(theirs.detach().numpy(), abs=1e-5)
+    (-(theirs * data[0].loss_fn_inputs["weights"].to_torch()).sum()).backward()
+    assert relative_difference({n: p.grad for n, p in plain.named_parameters()}, gradients(trainer)) <= 1e-5
+
+
+def test_heads_of_known_form_are_fused(model_folders: dict[str, Path], folder_of) -> None:
+    assert all(full_trainer(folder).base.head is not None for folder in model_folders.values())
+    capped = Gemma2Config(**SMALL, initializer_range=0.2, head_dim=8, final_logit_softcapping=3.0)
+    assert full_trainer(folder_of(capped)).base.head == HeadForm(softcap=3.0)
 
 
 def test_the_sliding_window_of_that_example_matters(folder_of, rng: np.random.Generator) -> None:

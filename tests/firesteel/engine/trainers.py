@@ -10,6 +10,7 @@ import torch
 
 from conftest import VOCABULARY, make_datum
 from firesteel.catalog import ModelEntry
+from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import BaseModel, load_base
 from firesteel.engine.packing import plan
 from firesteel.engine.trainer import Sequences, Trainer
@@ -38,8 +39,8 @@ def lora_trainer(base: BaseModel, name: str = "policy", config: LoraConfig = LOR
 def sequences(data: Sequence[Datum], token_budget: int = 1024) -> Sequences:
     """One call's data, planned as the engine plans it."""
     tokens = tuple(np.asarray(datum.model_input.to_ints(), np.int64) for datum in data)
-    targets = tuple(datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data)
-    return Sequences(tokens, targets, plan(tokens, token_budget))
+    asked = tuple(Asked(datum.loss_fn_inputs["target_tokens"].to_numpy()) for datum in data)
+    return Sequences(tokens, asked, plan(tokens, token_budget))
 
 
 def pair(rng: np.random.Generator, prompt: int = 12, chosen: int = 8, rejected: int = 6) -> list[Datum]:

@@ -191,6 +191,57 @@ def test_gradients_of_custom_and_built_in_losses_add(make, data) -> None:
     assert after_a_step(one, data)[0] == pytest.approx(after_a_step(other, data)[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("custom", [False, True], ids=["built in", "custom"])
+def test_leaving_out_what_has_no_weight_changes_no_gradient(make, data, custom: bool) -> None:
+    one, other = make(), make()
+    for client, weighted_only in ((one, False), (other, True)):
+        if custom:
+            client.forward_backward_custom(data, cross_entropy, weighted_only=weighted_only)
+        else:
+            client.forward_backward(data, weighted_only=weighted_only)
+    (norm, after), (norm_without, after_without) = after_a_step(one, data), after_a_step(other, data)
+    assert norm == pytest.approx(norm_without, rel=1e-5)
+    assert after_without == pytest.approx(after, abs=1e-5)
+
+
+def test_what_has_no_weight_is_left_out_only_when_asked_for_and_then_reads_zero(client, data) -> None:
+    whole = client.forward(data).loss_fn_outputs
+    parts = client.forward(data, weighted_only=True).loss_fn_outputs
+    for datum, every, some in zip(data, whole, parts, strict=True):
+        weighted = datum.loss_fn_inputs["weights"].to_numpy() != 0
+        assert 0 < weighted.sum() < weighted.size
+        assert (every["logprobs"].to_numpy() < 0).all()
+        assert some["logprobs"].to_numpy()[weighted] == pytest.approx(
+            every["logprobs"].to_numpy()[weighted], abs=1e-6
+        )
+        assert (some["logprobs"].to_numpy()[~weighted] == 0).all()
+
+
+def test_a_loss_that_depends_on_what_is_left_out_is_refused_and_leaves_nothing(make, engine, data) -> None:
+    def everything(_, logprobs):
+        return -sum(lp.sum() for lp in logprobs), {}
+
+    client, fresh = make(), make()
+    with pytest.raises(OperationError, match=r"depends on .* of data\[0\] whose weight is 0.*call without it"):
+        client.forward_backward_custom(data, everything, weighted_only=True)
+    assert kept_forwards(engine, client) == 0
+    client.forward_backward(data)
+    fresh.forward_backward(data)
+    assert after_a_step(client, data)[0] == after_a_step(fresh, data)[0]
+
+
+def test_leaving_out_needs_weights_and_a_loss_that_heeds_them(client, data) -> None:
+    unweighted = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data]
+    with pytest.raises(OperationError, match=r"data\[0\].*weighted_only needs 'weights'"):
+        client.forward_backward_custom(unweighted, cross_entropy, weighted_only=True)
+    with pytest.raises(OperationError, match="weighted_only needs 'weights'"):
+        client.forward(unweighted, weighted_only=True)
+    zeros = {"logprobs": np.zeros(data[0].model_input.length, np.float32)}
+    full = Datum(data[0].model_input, {**data[0].loss_fn_inputs, **zeros, "advantages": zeros["logprobs"]})
+    with pytest.raises(OperationError, match="weighted_only: ppo reads every log-probability"):
+        client.forward_backward([full], "ppo", weighted_only=True)
+
+
 def test_targets_with_several_columns_go_through_a_custom_loss(make) -> None:
     targets = np.asarray([[3, 4], [5, 6], [7, 8]])
     wide = [Datum(ModelInput.from_ints([2, 3, 5]), {"target_tokens": targets, "weights": np.ones((3, 2))})]
