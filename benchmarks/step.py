@@ -64,7 +64,8 @@ def time_reference(model: str, batches: Sequence[Sequence[PreferencePair]]) -> l
         reference = ReconnectableClient(service.create_reference_client())
 
         def forward(batch: Sequence[PreferencePair]) -> None:
-            outputs = reference.forward([datum for pair in batch for datum in pair.datums]).loss_fn_outputs
+            data = [datum for pair in batch for datum in pair.datums]
+            outputs = reference.forward(data, weighted_only=True).loss_fn_outputs
             scored = [
                 output["logprobs"].to_numpy()[datum.loss_fn_inputs["weights"].to_numpy() != 0]
                 for output, datum in zip(outputs, (d for p in batch for d in p.datums), strict=True)
@@ -88,7 +89,7 @@ def time_steps(
 
         def step(batch: Sequence[PreferencePair]) -> None:
             loss = make_dpo_loss(batch, known[id(batch)], DpoObjective(0.1))
-            policy.forward_backward_custom([datum for pair in batch for datum in pair.datums], loss)
+            policy.forward_backward_custom([d for p in batch for d in p.datums], loss, weighted_only=True)
             policy.optim_step(AdamParams(learning_rate=1e-5))
 
         report(f"LoRA step, rank {rank}" if rank else "full-parameter step", batches, step)

@@ -119,7 +119,10 @@ class OddHead(torch.nn.Linear):
 
 
 def test_a_head_of_unknown_form_makes_its_own_logits_and_says_so(
-    llama_folder: str, rng: np.random.Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    llama_folder: str,
+    rng: np.random.Generator,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("transformers.models.llama.modeling_llama.nn.Linear", OddHead)

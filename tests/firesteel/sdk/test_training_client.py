@@ -222,7 +222,9 @@ def test_a_loss_that_depends_on_what_is_left_out_is_refused_and_leaves_nothing(m
         return -sum(lp.sum() for lp in logprobs), {}
 
     client, fresh = make(), make()
-    with pytest.raises(OperationError, match=r"depends on .* of data\[0\] whose weight is 0.*call without it"):
+    with pytest.raises(
+        OperationError, match=r"depends on .* of data\[0\] whose weight is 0.*call without it"
+    ):
         client.forward_backward_custom(data, everything, weighted_only=True)
     assert kept_forwards(engine, client) == 0
     client.forward_backward(data)
