@@ -22,7 +22,7 @@ from firesteel.catalog import load_catalog
 from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import load_base
 from firesteel.engine.packing import plan
-from firesteel.engine.trainer import Sequences, Trainer, linear_loss
+from firesteel.engine.trainer import Sequences, Trainer
 from firesteel.sdk import LoraConfig
 from training.recipes.dpo_loop import Config, main
 from training.utils import DpoObjective, build_service_client, make_dpo_loss
@@ -212,13 +212,14 @@ def our_gradient(start: Start) -> Iterator[tuple[str, torch.Tensor]]:
     tokens = tuple(np.asarray(datum.model_input.to_ints()) for datum in datums)
     asked = tuple(Asked(datum.loss_fn_inputs["target_tokens"].to_numpy()) for datum in datums)
     sequences = Sequences(tokens, asked, plan(tokens, 1024))
-    scores = trainer.forward(sequences, lambda index, logprobs: logprobs.sum()).logprobs
+    answer, retained = trainer.forward_retained(sequences, lambda index, logprobs: logprobs.sum())
+    scores = answer.logprobs
     scored = [row[d.loss_fn_inputs["weights"].to_numpy() != 0] for row, d in zip(scores, datums, strict=True)]
     references = [PairLogprobs(scored[i], scored[i + 1]) for i in range(0, len(scored), 2)]
     leaves = [torch.tensor(row, requires_grad=True) for row in scores]
     loss, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))(datums, leaves)
     loss.backward()
-    trainer.forward_backward(sequences, linear_loss([leaf.grad.numpy() for leaf in leaves]))
+    trainer.backward(retained, [leaf.grad.numpy() for leaf in leaves])
     for name, parameter in base.network.named_parameters():
         if parameter.grad is not None:
             yield name.replace(".policy.", "."), parameter.grad

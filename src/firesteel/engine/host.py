@@ -24,7 +24,7 @@ from firesteel.engine.models import (
 )
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
-from firesteel.engine.trainer import Scores, Sequences, Trainer, built_in_loss, linear_loss
+from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss
 from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sdk.operations import (
@@ -56,16 +56,12 @@ from firesteel.sdk.types import (
 )
 from firesteel.sdk.validation import check_data
 
-# Tokens of one forward-backward pass. The logits of scored positions dominate its memory.
-TOKENS_PER_PASS = 1024
-
 
 @dataclass(frozen=True)
 class RetainedForward:
     """What a `Backward` needs of the forward it belongs to."""
 
-    data: tuple[Datum, ...]
-    weighted_only: bool
+    retained: Retained
     answer: ForwardBackwardOutput
 
 
@@ -171,6 +167,9 @@ class Host:
 
     def _host(self, base: BaseModel, operation: CreateModel) -> ModelDescription:
         model_id = f"model-{next(self._numbers)}"
+        trainer = Trainer(
+            base, model_id, operation.lora, operation.trainable, operation.activation_token_budget
+        )
         description = ModelDescription(
             model_id=model_id,
             base_model=operation.base_model,
@@ -179,8 +178,8 @@ class Host:
             max_context_length=base.max_context_length,
             attention=base.attention,
             trainable=operation.trainable,
+            activation_token_budget=trainer.activation_token_budget,
         )
-        trainer = Trainer(base, model_id, operation.lora, operation.trainable)
         self.models[model_id] = HostedModel(description, trainer)
         return description
 
@@ -197,12 +196,12 @@ class Host:
         check_data(operation.data, operation.loss_fn, operation.loss_fn_config, operation.weighted_only)
         loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
         sequences = _sequences(model, operation.data, operation.weighted_only)
-        answer = _answer(model.trainer.forward(sequences, loss))
-        if operation.retain:
-            model.retained[operation.seq_id] = RetainedForward(
-                operation.data, operation.weighted_only, answer
-            )
-        return answer
+        if not operation.retain:
+            return _answer(model.trainer.forward(sequences, loss))
+        held = sum(forward.retained.tokens for forward in model.retained.values())
+        scores, retained = model.trainer.forward_retained(sequences, loss, held)
+        model.retained[operation.seq_id] = RetainedForward(retained, _answer(scores))
+        return model.retained[operation.seq_id].answer
 
     def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -213,20 +212,19 @@ class Host:
 
     def _backward(self, operation: Backward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
-        retained = model.retained.pop(operation.of, None)
-        if retained is None:
+        forward = model.retained.pop(operation.of, None)
+        if forward is None:
             raise OperationError(
                 f"{operation_name(operation)}: forward seq {operation.of} is not kept: it was not sent with retain, "
                 f"its backward has run, or the weights have changed since"
             )
-        shapes = [d.loss_fn_inputs["target_tokens"].shape for d in retained.data]
-        if shapes != [list(g.shape) for g in operation.dloss_dlogprob]:
+        shapes = [asked.targets.shape for asked in forward.retained.sequences.asked]
+        if shapes != [slope.shape for slope in operation.dloss_dlogprob]:
             raise OperationError(
                 f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
             )
-        sequences = _sequences(model, retained.data, retained.weighted_only)
-        model.trainer.forward_backward(sequences, linear_loss(operation.dloss_dlogprob))
-        return retained.answer
+        model.trainer.backward(forward.retained, operation.dloss_dlogprob)
+        return forward.answer
 
     def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
         model = self._model(operation.model_id)
@@ -291,7 +289,7 @@ def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool)
         Asked(t, datum.loss_fn_inputs["weights"].to_numpy() != 0 if weighted_only else None)
         for t, datum in zip(targets, data, strict=True)
     )
-    return Sequences(tokens, asked, plan(tokens, TOKENS_PER_PASS))
+    return Sequences(tokens, asked, plan(tokens, model.trainer.tokens_per_pass))
 
 
 def _answer(scores: Scores) -> ForwardBackwardOutput:

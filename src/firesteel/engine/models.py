@@ -55,6 +55,11 @@ class BaseModel:
     """Tokens of a whole sequence."""
 
     @property
+    def device(self) -> str:
+        """The kind of device it is on."""
+        return str(self.network.device.type)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids that may be read or scored."""
         return int(self.network.get_input_embeddings().weight.shape[0])

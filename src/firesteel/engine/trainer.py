@@ -6,6 +6,7 @@ is divided here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ from firesteel.fetching import quiet_transformers
 from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, IntArray, LoraConfig
 
+logger = logging.getLogger("firesteel")
+
+# Tokens after sharing, by kind of device. One pass: enough for products at full speed, few enough that the
+# element-wise work between them stays in a cache. Kept graphs: memory. Measured: benchmarks/RESULTS.md.
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+ACTIVATION_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -43,6 +51,25 @@ class Scores:
     loss: float
 
 
+@dataclass(frozen=True)
+class ScoredPass:
+    """One pass of the model: the places of its data in the call, and the log-probabilities of each."""
+
+    members: tuple[int, ...]
+    logprobs: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Retained:
+    """A forward that a backward may follow."""
+
+    sequences: Sequences
+    graph: list[ScoredPass] | None
+    """Its passes with their graphs; None where they were over budget: the backward computes them again."""
+    tokens: int = 0
+    """Tokens whose activations its graph holds."""
+
+
 # From one datum's log-probabilities (its index in the call first) to its share of the loss.
 DatumLoss = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -50,9 +77,22 @@ DatumLoss = Callable[[int, torch.Tensor], torch.Tensor]
 class Trainer:
     """A policy (LoRA or all weights) or, with nothing to train, a frozen reference."""
 
-    def __init__(self, base: BaseModel, name: str, lora: LoraConfig | None, trainable: bool) -> None:
-        """`lora` adapts the base and leaves it frozen; without it a trainable trainer owns the base's weights."""
+    def __init__(
+        self,
+        base: BaseModel,
+        name: str,
+        lora: LoraConfig | None,
+        trainable: bool,
+        activation_token_budget: int | None = None,
+    ) -> None:
+        """`lora` adapts the base and leaves it frozen; without it a trainable trainer owns the base's weights.
+
+        Graphs are kept between a forward and its backward for at most `activation_token_budget` tokens after
+        sharing; None = `ACTIVATION_TOKEN_BUDGET` of the device.
+        """
         self.base = base
+        self.activation_token_budget = activation_token_budget or ACTIVATION_TOKEN_BUDGET[base.device]
+        self._choices_told: set[bool] = set()
         self._adapter = Adapter(base, name, lora) if lora and trainable else None
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
@@ -67,20 +107,52 @@ class Trainer:
                 base.network.requires_grad_(True)
             self._optimizer = Optimizer(self._trained_parameters())
 
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most tokens after sharing of one pass, where data can be cut that small."""
+        return min(TOKENS_PER_PASS[self.base.device], self.activation_token_budget)
+
     def forward(self, sequences: Sequences, loss: DatumLoss) -> Scores:
-        """Score every target, without a gradient."""
+        """Score what is asked for, without a gradient."""
         with torch.no_grad(), self._weights():
-            return self._run(sequences, loss, backward=False)
+            return self._run(sequences, loss, lambda scored, share: None)
+
+    def forward_retained(
+        self, sequences: Sequences, loss: DatumLoss, held_tokens: int = 0
+    ) -> tuple[Scores, Retained]:
+        """As `forward`, and what its `backward` starts from: the graph itself, where the budget allows.
+
+        `held_tokens` are those of earlier forwards whose graphs are still kept: they count too.
+        """
+        self._need_trainable("forward_backward_custom")
+        tokens = self._tokens_computed(sequences)
+        if not self._within_budget(held_tokens + tokens):
+            return self.forward(sequences, loss), Retained(sequences, None)
+        graph: list[ScoredPass] = []
+        with torch.enable_grad(), self._weights():
+            scores = self._run(sequences, loss, lambda scored, share: graph.append(scored))
+        return scores, Retained(sequences, graph, tokens)
+
+    def backward(self, retained: Retained, dloss_dlogprob: Sequence[FloatArray]) -> None:
+        """Add the gradient of any loss with these derivatives with respect to a forward's log-probabilities.
+
+        By the chain rule it is that of Σ g · logprob. A kept graph is used up; fails as `forward_backward` does.
+        """
+        self._need_trainable("forward_backward_custom")
+        # The adapter must be active here too: peft freezes one that is off, and its gradient would be lost.
+        with torch.enable_grad(), self._weights(), self._all_or_nothing():
+            for scored in _used_up(retained.graph) or self._passes(retained.sequences):
+                self._pull(scored, dloss_dlogprob)
 
     def forward_backward(self, sequences: Sequences, loss: DatumLoss) -> Scores:
-        """Score every target and add the loss's gradient.
+        """Score what is asked for and add the loss's gradient.
 
         If this fails after part of its gradient was added, all of the gradient is dropped, and so is what is
         added before the next `optim_step`, which is refused: half a gradient is not a gradient.
         """
         self._need_trainable("forward_backward")
-        with self._weights(), self._all_or_nothing():
-            return self._run(sequences, loss, backward=True)
+        with torch.enable_grad(), self._weights(), self._all_or_nothing():
+            return self._run(sequences, loss, self._backward_of)
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
         """One AdamW step on the gradient added so far."""
@@ -120,34 +192,67 @@ class Trainer:
         if self._adapter is not None:
             self._adapter.remove()
 
-    def _run(self, sequences: Sequences, loss: DatumLoss, backward: bool) -> Scores:
+    def _run(
+        self, sequences: Sequences, loss: DatumLoss, then: Callable[[ScoredPass, torch.Tensor], None]
+    ) -> Scores:
+        """All passes; after each, `then` gets it and its share of the loss."""
         logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(sequences.tokens)
         total = 0.0
-        for batch in sequences.plan:
-            for members, scored in self._passes(batch, sequences):
-                share = torch.stack(
-                    [loss(i, values) for i, values in zip(members, scored, strict=True)]
-                ).sum()
-                if backward and share.requires_grad:
-                    self._added = True
-                    share.backward()  # type: ignore[no-untyped-call]
-                total += share.item()
-                for index, values in zip(members, scored, strict=True):
-                    logprobs[index] = values.detach().cpu().numpy()
+        for scored in self._passes(sequences):
+            losses = [loss(i, values) for i, values in zip(scored.members, scored.logprobs, strict=True)]
+            share = torch.stack(losses).sum()
+            then(scored, share)
+            total += share.item()
+            for index, values in zip(scored.members, scored.logprobs, strict=True):
+                logprobs[index] = values.detach().cpu().numpy()
         return Scores(tuple(logprobs), total)
 
-    def _passes(
-        self, batch: MicroBatch, sequences: Sequences
-    ) -> Iterator[tuple[tuple[int, ...], list[torch.Tensor]]]:
-        """The passes of one micro-batch: one over its tree, or one per sequence where trees cannot be used."""
+    def _passes(self, sequences: Sequences) -> Iterator[ScoredPass]:
+        """One pass over the tree of each micro-batch, or one per sequence where trees cannot be used."""
         network, head = self.base.network, self.base.head
+        for batch in sequences.plan:
+            if self.base.attention == "tree":
+                asked = [sequences.asked[i] for i in batch.members]
+                yield ScoredPass(batch.members, tree_logprobs(network, batch.tree, asked, head))
+                continue
+            for index in batch.members:
+                tokens, asked_here = sequences.tokens[index], sequences.asked[index]
+                yield ScoredPass((index,), [plain_logprobs(network, tokens, asked_here, head)])
+
+    def _backward_of(self, scored: ScoredPass, share: torch.Tensor) -> None:
+        if share.requires_grad:
+            self._added = True
+            share.backward()  # type: ignore[no-untyped-call]
+
+    def _pull(self, scored: ScoredPass, dloss_dlogprob: Sequence[FloatArray]) -> None:
+        outputs, slopes = [], []
+        for index, values in zip(scored.members, scored.logprobs, strict=True):
+            if values.requires_grad:
+                slope = torch.from_numpy(np.ascontiguousarray(dloss_dlogprob[index]))
+                outputs.append(values)
+                slopes.append(slope.to(values.device, values.dtype))
+        if outputs:
+            self._added = True
+            torch.autograd.backward(outputs, slopes)
+
+    def _tokens_computed(self, sequences: Sequences) -> int:
         if self.base.attention == "tree":
-            asked = [sequences.asked[i] for i in batch.members]
-            yield batch.members, tree_logprobs(network, batch.tree, asked, head)
-            return
-        for index in batch.members:
-            tokens, asked_here = sequences.tokens[index], sequences.asked[index]
-            yield (index,), [plain_logprobs(network, tokens, asked_here, head)]
+            return sum(len(batch.tree.tokens) for batch in sequences.plan)
+        return sum(map(len, sequences.tokens))
+
+    def _within_budget(self, tokens: int) -> bool:
+        """Whether graphs of so many tokens may be kept; the first time of each answer is logged."""
+        within = tokens <= self.activation_token_budget
+        if within not in self._choices_told:
+            self._choices_told.add(within)
+            budget = f"activation_token_budget {self.activation_token_budget}"
+            if within:
+                logger.info("%d tokens, %s: the graph of a forward is kept for its backward", tokens, budget)
+            else:
+                logger.info(
+                    "%d tokens are over the %s: such forwards run again for their backward", tokens, budget
+                )
+        return within
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
@@ -184,14 +289,6 @@ def built_in_loss(name: str, data: Sequence[Datum], settings: Mapping[str, float
     return lambda index, logprobs: datum_loss(name, logprobs, data[index], settings)
 
 
-def linear_loss(dloss_dlogprob: Sequence[FloatArray]) -> DatumLoss:
-    """The loss whose gradient with respect to the log-probabilities is given: Σ g · logprob.
-
-    Its parameter gradient is that of any loss with this derivative, by the chain rule.
-    """
-
-    def loss(index: int, logprobs: torch.Tensor) -> torch.Tensor:
-        gradient = torch.from_numpy(np.ascontiguousarray(dloss_dlogprob[index]))
-        return (gradient.to(logprobs.device, logprobs.dtype) * logprobs).sum()
-
-    return loss
+def _used_up(graph: list[ScoredPass] | None) -> Iterator[ScoredPass] | None:
+    """Each pass once, its graph let go of as soon as its backward has run."""
+    return None if graph is None else (graph.pop(0) for _ in range(len(graph)))

@@ -42,6 +42,8 @@ class ModelDescription:
     attention: Literal["tree", "plain"]
     """`tree`: shared prefixes are computed once; `plain`: each sequence by itself, the model's own way."""
     trainable: bool
+    activation_token_budget: int
+    """Most tokens after sharing whose graph is kept between a forward and its backward."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ class CreateModel:
     """Load a model on a shape. Result: `ModelDescription`.
 
     With `lora` an adapter is trained, without it all weights; a model that is not `trainable` only runs forward.
+    Memory is bounded by `activation_token_budget`: a longer call runs its forward again for the backward.
     """
 
     base_model: str
     shape: TrainingShape
     lora: LoraConfig | None = None
     trainable: bool = True
+    activation_token_budget: int | None = None
+    """None = what suits the device."""
 
 
 @dataclass(frozen=True)

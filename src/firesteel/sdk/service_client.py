@@ -28,6 +28,8 @@ class Provisioning:
     """Tokens; None = whatever the shape and the model allow."""
     training_shape_id: str | None = None
     reference_training_shape_id: str | None = None
+    activation_token_budget: int | None = None
+    """Tokens after sharing whose graph a policy keeps between forward and backward; None suits the device."""
     cleanup_trainer_on_close: bool = True
 
 
@@ -91,7 +93,10 @@ class ServiceClient:
             check_lora(config)
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         shape = self._policy_shape(model, rank or 0)
-        client = self._create(CreateModel(model, shape, config if rank else None))
+        budget = self.provisioning.activation_token_budget
+        client = self._create(
+            CreateModel(model, shape, config if rank else None, activation_token_budget=budget)
+        )
         self._policies.append(client)
         return client
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from firesteel.sdk.errors import ConfigError
 
@@ -50,6 +50,9 @@ class TrainerConfig(Settings):
     """Training shape of the policy by name; unset = the smallest validated shape that fits."""
     reference_training_shape_id: str | None = None
     """Shape of a separate reference. Unset = LoRA shares the policy's base, full-parameter selects one."""
+    activation_token_budget: int | None = Field(default=None, ge=1)
+    """Tokens, shared prefixes counted once, whose activations are kept between forward and backward. A longer batch
+    runs its forward a second time; unset = what suits the device."""
 
 
 class WandBConfig(Settings):

@@ -47,6 +47,7 @@ def build_service_client(
         max_context_length=max_context_length,
         training_shape_id=shapes.training_shape_id,
         reference_training_shape_id=shapes.reference_training_shape_id,
+        activation_token_budget=shapes.activation_token_budget,
         cleanup_trainer_on_close=cleanup_trainer_on_close,
     )
     return firesteel.connect(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import make_datum, make_pairs
-from firesteel.engine import host as host_module
+from firesteel.engine import trainer as trainer_module
 from firesteel.engine.engine import Engine
 from firesteel.engine.ordering import KEPT_ANSWERS, KEPT_BYTES, ModelOrder
 from firesteel.sdk import (
@@ -359,7 +359,7 @@ def test_a_pass_that_fails_keeps_no_memory_although_its_error_is_kept(
 def test_half_a_gradient_is_dropped_and_the_next_step_refused_once(
     engine, policy, llama_folder, monkeypatch
 ) -> None:
-    monkeypatch.setattr(host_module, "TOKENS_PER_PASS", 16)
+    monkeypatch.setitem(trainer_module.TOKENS_PER_PASS, "cpu", 16)
     data = tuple(make_pairs(np.random.default_rng(1), 3))  # three passes
     calm = create(engine, llama_folder)
     failing_in_the_middle(monkeypatch, 2)

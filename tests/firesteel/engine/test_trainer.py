@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from trainers import (
 from transformers import PreTrainedModel
 
 from conftest import ARCHITECTURES, VOCABULARY, make_datum, make_pairs
-from firesteel.engine.trainer import DatumLoss, Trainer, built_in_loss, linear_loss
+from firesteel.engine.trainer import DatumLoss, Retained, Trainer, built_in_loss
 from firesteel.sdk import AdamParams, Datum, ModelInput, OperationError
 from firesteel.sdk.types import TensorData
 from plain import load_plain, norms_in_own_dtype, plain_logprobs
@@ -71,6 +73,18 @@ def dpo(
     return -F.logsigmoid(BETA * margins).sum()
 
 
+def dpo_step(
+    trainer: Trainer, data: Sequence[Datum], loss: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> float:
+    """A forward, the loss on its log-probabilities as a client computes it, and the backward; the loss."""
+    scores, retained = trainer.forward_retained(sequences(data), cross_entropy(data))
+    leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in scores.logprobs]
+    value = loss(leaves)
+    value.backward()
+    trainer.backward(retained, [leaf.grad.numpy() for leaf in leaves])
+    return value.item()
+
+
 def reference_of(data: Sequence[Datum], seed: int = 3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(d.model_input.length, generator=generator) * 0.3 - 5 for d in data]
@@ -81,6 +95,13 @@ def policy(folder: Path | str, kind: str, dtype: str = "float32") -> Trainer:
         return full_trainer(folder, dtype)
     trainer = lora_trainer(load(folder, dtype))
     spread_lora(trainer)
+    return trainer
+
+
+def as_plain(trainer: Trainer) -> Trainer:
+    """The same policy on the path of architectures that no tree can serve."""
+    trainer.base.network.config._attn_implementation = trainer.base.native_attention
+    trainer.base = replace(trainer.base, attention="plain")
     return trainer
 
 
@@ -139,23 +160,20 @@ def test_a_shared_prefix_gives_an_adapter_the_gradient_of_separate_sequences(
     assert relative_difference(expected, ours) <= PRECISIONS[dtype]
 
 
+@pytest.mark.parametrize("budget", [1, 10**6], ids=["forward runs again", "graph is kept"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_dpo_through_forward_and_backward_is_autograd_through_the_plain_model(
-    model_folders: dict[str, Path], rng: np.random.Generator, name: str
+    model_folders: dict[str, Path], rng: np.random.Generator, name: str, budget: int
 ) -> None:
     data = make_pairs(rng, 4)
     reference = reference_of(data)
-    trainer = full_trainer(model_folders[name])
-    scores = trainer.forward(sequences(data), cross_entropy(data))
-    leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in scores.logprobs]
-    loss = dpo(leaves, reference, data) / 4
-    loss.backward()
-    trainer.forward_backward(sequences(data), linear_loss([leaf.grad.numpy() for leaf in leaves]))
+    trainer = full_trainer(model_folders[name], activation_token_budget=budget)
+    loss = dpo_step(trainer, data, lambda leaves: dpo(leaves, reference, data) / 4)
 
     plain = load_plain(model_folders[name])
     direct = dpo([plain_logprobs(plain, d) for d in data], reference, data) / 4
     direct.backward()
-    assert abs(loss.item() - direct.item()) <= 1e-5
+    assert abs(loss - direct.item()) <= 1e-5
     expected = {n: p.grad for n, p in plain.named_parameters()}
     assert relative_difference(expected, gradients(trainer)) <= 1e-5
 
@@ -170,6 +188,70 @@ def test_a_pair_that_differs_in_its_first_answer_token_only_is_learnt_from(
     ours = gradient_of(full_trainer(llama_folder), data)
     assert float(sum(g.square().sum() for g in ours.values())) > 1e-4
     assert relative_difference(plain, ours) <= 1e-5
+
+
+# The kept graph
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "plain path"])
+def test_a_kept_graph_gives_the_gradient_of_a_second_forward_to_the_bit(
+    model_folders: dict[str, Path], rng: np.random.Generator, name: str, kind: str
+) -> None:
+    data = make_pairs(rng, 5)
+    trainer = policy(model_folders["llama" if name == "plain path" else name], kind)
+    if name == "plain path":
+        trainer = as_plain(trainer)
+    call = sequences(data, 50)
+    assert len(call.plan) > 1
+    slopes = [rng.normal(size=d.model_input.length).astype(np.float32) for d in data]
+    scores, kept = trainer.forward_retained(call, cross_entropy(data))
+    assert kept.graph is not None
+    trainer.backward(kept, slopes)
+    ours = gradients(trainer)
+    clear(trainer)
+    assert not kept.graph  # used up: its memory is free
+    trainer.backward(Retained(call, None), slopes)
+    again = gradients(trainer)
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(ours[n], again[n]) for n in ours)
+    fresh = trainer.forward(call, cross_entropy(data))
+    assert all(np.array_equal(one, two) for one, two in zip(scores.logprobs, fresh.logprobs, strict=True))
+
+
+def test_the_model_runs_once_under_the_budget_and_twice_over_it(
+    llama_folder: str, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_pairs(rng, 2)
+    tokens = sum(len(batch.tree.tokens) for batch in sequences(data).plan)
+    for budget, expected, told in ((tokens, 1, "is kept"), (tokens - 1, 2, "run again")):
+        trainer = full_trainer(llama_folder, activation_token_budget=budget)
+        runs: list[bool] = []
+        trainer.base.network.base_model.register_forward_hook(
+            lambda *_, runs=runs: runs.append(torch.is_grad_enabled())
+        )
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="firesteel"):
+            for _ in range(3):
+                runs.clear()
+                dpo_step(trainer, data, lambda leaves: sum(leaf.sum() for leaf in leaves))
+                assert len(runs) == expected
+                assert runs[-1]  # the last of them has the graph, a first of two has none
+                assert expected == 1 or not runs[0]
+        assert [told in message for message in caplog.messages] == [True]  # once, not at each step
+        assert f"{tokens} tokens" in caplog.text
+
+
+def test_graphs_that_are_still_kept_count_against_the_budget(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    data = make_pairs(rng, 2)
+    tokens = sum(len(batch.tree.tokens) for batch in sequences(data).plan)
+    trainer = full_trainer(llama_folder, activation_token_budget=2 * tokens - 1)
+    _, first = trainer.forward_retained(sequences(data), cross_entropy(data))
+    assert first.tokens == tokens
+    _, second = trainer.forward_retained(sequences(data), cross_entropy(data), held_tokens=first.tokens)
+    assert (second.graph, second.tokens) == (None, 0)
 
 
 # Who divides: nobody here
@@ -200,10 +282,7 @@ def test_calls_that_divide_by_the_count_of_the_step_add_up_to_one_call(
 
     def call(start: int, end: int) -> None:
         part, frozen = data[2 * start : 2 * end], reference[2 * start : 2 * end]
-        scores = trainer.forward(sequences(part), cross_entropy(part))
-        leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in scores.logprobs]
-        (dpo(leaves, frozen, part) / 8).backward()
-        trainer.forward_backward(sequences(part), linear_loss([leaf.grad.numpy() for leaf in leaves]))
+        dpo_step(trainer, part, lambda leaves: dpo(leaves, frozen, part) / 8)
 
     call(0, 8)
     whole = gradients(trainer)
@@ -382,16 +461,9 @@ def test_a_small_step_widens_the_margin(llama_folder: str, rng: np.random.Genera
     trainer, data = policy(llama_folder, kind), pair(rng)
     reference = reference_of(data)
 
-    def loss() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        scores = trainer.forward(sequences(data), cross_entropy(data))
-        leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in scores.logprobs]
-        return dpo(leaves, reference, data), leaves
-
-    before, leaves = loss()
-    before.backward()
-    trainer.forward_backward(sequences(data), linear_loss([leaf.grad.numpy() for leaf in leaves]))
+    before = dpo_step(trainer, data, lambda leaves: dpo(leaves, reference, data))
     trainer.optim_step(AdamParams(learning_rate=1e-4))
-    assert loss()[0] < before
+    assert dpo_step(trainer, data, lambda leaves: dpo(leaves, reference, data)) < before
 
 
 def test_a_derivative_with_respect_to_several_targets_reaches_them(
@@ -403,6 +475,6 @@ def test_a_derivative_with_respect_to_several_targets_reaches_them(
     )
     derivative = rng.normal(size=(6, 3)).astype(np.float32)
     trainer, plain = full_trainer(llama_folder), load_plain(llama_folder)
-    ours = gradient_of(trainer, [wide], linear_loss([derivative]))
+    trainer.backward(Retained(sequences([wide]), None), [derivative])
     (plain_logprobs(plain, wide) * torch.from_numpy(derivative)).sum().backward()
-    assert relative_difference({n: p.grad for n, p in plain.named_parameters()}, ours) <= 1e-5
+    assert relative_difference({n: p.grad for n, p in plain.named_parameters()}, gradients(trainer)) <= 1e-5

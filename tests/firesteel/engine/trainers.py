@@ -26,9 +26,11 @@ def load(folder: Path | str, dtype: str = "float32") -> BaseModel:
     return load_base("test-model", ModelEntry("test-model", str(folder)), Path(folder), shape)
 
 
-def full_trainer(folder: Path | str, dtype: str = "float32") -> Trainer:
+def full_trainer(
+    folder: Path | str, dtype: str = "float32", activation_token_budget: int | None = None
+) -> Trainer:
     """A policy that trains all weights."""
-    return Trainer(load(folder, dtype), "full", None, trainable=True)
+    return Trainer(load(folder, dtype), "full", None, True, activation_token_budget)
 
 
 def lora_trainer(base: BaseModel, name: str = "policy", config: LoraConfig = LORA) -> Trainer:
