@@ -10,23 +10,38 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from firesteel.engine.head import Head, HeadForm, LowRank
+from firesteel.engine.head import Head, HeadForm
+from firesteel.engine.low_rank import LowRank, adapted_linear
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.types import LoraConfig
 
 if TYPE_CHECKING:
     from firesteel.engine.models import BaseModel
+
+
+class AdaptedLinear(PeftLinear):  # type: ignore[misc]
+    """peft's layer in all but its forward, which takes three passes over the layer's output more than it needs."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[..., I]`` → ``[..., O]``."""
+        layer = self.get_base_layer()
+        # A subclass may be stored or computed otherwise (quantised): only peft knows how.
+        if self.disable_adapters or type(layer) is not nn.Linear or args or kwargs:
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
+        return adapted_linear(x, layer, _active_low_rank(self))
 
 
 class Adapter:
@@ -43,6 +58,7 @@ class Adapter:
             lora_dropout=0.0,
             target_modules=_target_modules(base.network, config),
         )
+        self._peft_config._register_custom_module({nn.Linear: AdaptedLinear})
         with torch.random.fork_rng(devices=[]), _expecting_several_adapters():
             torch.manual_seed(config.seed)
             inject_adapter_in_model(self._peft_config, base.network, adapter_name=name)
@@ -120,9 +136,12 @@ def output_head(network: PreTrainedModel, form: HeadForm) -> Head:
     plain = layer.get_base_layer()
     if layer.disable_adapters:
         return Head(plain.weight, plain.bias, form=form)
+    return Head(plain.weight, plain.bias, _active_low_rank(layer), form)
+
+
+def _active_low_rank(layer: LoraLayer) -> LowRank:
     (name,) = layer.active_adapters
-    low_rank = LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    return Head(plain.weight, plain.bias, low_rank, form)
+    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 def _adapted_layers(network: nn.Module) -> Iterator[LoraLayer]:

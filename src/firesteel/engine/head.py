@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
+from firesteel.engine.low_rank import LowRank
 from firesteel.sdk.types import IntArray
 
 
@@ -48,15 +49,6 @@ class HeadForm:
         if self.softcap is None:
             return None if self.scale == 1.0 else z.new_tensor(self.scale)
         return (z / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An adapter's part of a head, ``scaling · up down``: `down` ``[r, H]``, `up` ``[V, r]``."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scaling: float
 
 
 @dataclass(frozen=True)
