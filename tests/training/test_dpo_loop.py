@@ -104,6 +104,7 @@ def test_every_step_logs_the_guides_names_and_trls(tmp_path: Path) -> None:
     expected = {"train/step", "train/epoch", "train/lr", "train/dpo_loss", "train/loss", "train/margin"}
     expected |= {"train/accuracy", "train/grad_norm", "train/step_tokens", "train/tie_rate"}
     expected |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    expected |= {"train/computed_tokens", "train/micro_batches", "train/activation_gib"}
     expected |= {"logps/chosen", "logps/rejected", "delta_logp/chosen", "delta_logp/rejected"}
     assert expected <= set(steps(tmp_path / "run")[0])
 

@@ -294,4 +294,12 @@ def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool)
 
 def _answer(scores: Scores) -> ForwardBackwardOutput:
     outputs = [{"logprobs": TensorData(values, "float32")} for values in scores.logprobs]
-    return ForwardBackwardOutput(outputs, {"loss:sum": scores.loss})
+    work = scores.work
+    metrics = {
+        "loss:sum": scores.loss,
+        "tokens:sum": float(work.tokens),
+        "computed_tokens:sum": float(work.computed_tokens),
+        "micro_batches:sum": float(work.passes),
+        "activation_bytes:max": float(work.activation_bytes),
+    }
+    return ForwardBackwardOutput(outputs, metrics)

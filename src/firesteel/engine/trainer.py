@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from firesteel.engine.activations import Activations
 from firesteel.engine.adapters import Adapter, switch_adapter
 from firesteel.engine.attention import using_attention
 from firesteel.engine.logprobs import Asked, plain_logprobs, tree_logprobs
@@ -44,11 +45,25 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a call made the model compute."""
+
+    tokens: int
+    """Of all its sequences."""
+    computed_tokens: int
+    """After sharing."""
+    passes: int
+    activation_bytes: int
+    """The most that any call so far has had kept for its backward."""
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What a pass gives: log-probabilities shaped like the targets, one array per datum, and the summed loss."""
+    """What a call gives: log-probabilities shaped like the targets, one array per datum, and the summed loss."""
 
     logprobs: tuple[FloatArray, ...]
     loss: float
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Retained:
     graph: list[ScoredPass] | None
     """Its passes with their graphs; None where they were over budget: the backward computes them again."""
     tokens: int = 0
-    """Tokens whose activations its graph holds."""
+    """Tokens whose activations that graph holds."""
 
 
 # From one datum's log-probabilities (its index in the call first) to its share of the loss.
@@ -93,6 +108,7 @@ class Trainer:
         self.base = base
         self.activation_token_budget = activation_token_budget or ACTIVATION_TOKEN_BUDGET[base.device]
         self._choices_told: set[bool] = set()
+        self._activations = Activations(base.network.parameters())
         self._adapter = Adapter(base, name, lora) if lora and trainable else None
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
@@ -125,11 +141,11 @@ class Trainer:
         `held_tokens` are those of earlier forwards whose graphs are still kept: they count too.
         """
         self._need_trainable("forward_backward_custom")
-        tokens = self._tokens_computed(sequences)
+        tokens = sum(self._tokens_of_passes(sequences))
         if not self._within_budget(held_tokens + tokens):
             return self.forward(sequences, loss), Retained(sequences, None)
         graph: list[ScoredPass] = []
-        with torch.enable_grad(), self._weights():
+        with torch.enable_grad(), self._weights(), self._activations.of_call(tokens):
             scores = self._run(sequences, loss, lambda scored, share: graph.append(scored))
         return scores, Retained(sequences, graph, tokens)
 
@@ -141,8 +157,13 @@ class Trainer:
         self._need_trainable("forward_backward_custom")
         # The adapter must be active here too: peft freezes one that is off, and its gradient would be lost.
         with torch.enable_grad(), self._weights(), self._all_or_nothing():
-            for scored in _used_up(retained.graph) or self._passes(retained.sequences):
-                self._pull(scored, dloss_dlogprob)
+            if retained.graph is not None:
+                while retained.graph:
+                    self._pull(retained.graph.pop(0), dloss_dlogprob)  # frees each as soon as it is used
+                return
+            with self._activations.of_call(max(self._tokens_of_passes(retained.sequences))):
+                for scored in self._passes(retained.sequences):
+                    self._pull(scored, dloss_dlogprob)
 
     def forward_backward(self, sequences: Sequences, loss: DatumLoss) -> Scores:
         """Score what is asked for and add the loss's gradient.
@@ -151,7 +172,8 @@ class Trainer:
         added before the next `optim_step`, which is refused: half a gradient is not a gradient.
         """
         self._need_trainable("forward_backward")
-        with torch.enable_grad(), self._weights(), self._all_or_nothing():
+        most = max(self._tokens_of_passes(sequences))
+        with torch.enable_grad(), self._weights(), self._all_or_nothing(), self._activations.of_call(most):
             return self._run(sequences, loss, self._backward_of)
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
@@ -205,7 +227,10 @@ class Trainer:
             total += share.item()
             for index, values in zip(scored.members, scored.logprobs, strict=True):
                 logprobs[index] = values.detach().cpu().numpy()
-        return Scores(tuple(logprobs), total)
+        self._activations.let_go()
+        passes = self._tokens_of_passes(sequences)
+        work = Work(sum(map(len, sequences.tokens)), sum(passes), len(passes), self._activations.peak_bytes)
+        return Scores(tuple(logprobs), total, work)
 
     def _passes(self, sequences: Sequences) -> Iterator[ScoredPass]:
         """One pass over the tree of each micro-batch, or one per sequence where trees cannot be used."""
@@ -223,6 +248,7 @@ class Trainer:
         if share.requires_grad:
             self._added = True
             share.backward()  # type: ignore[no-untyped-call]
+            self._activations.let_go()
 
     def _pull(self, scored: ScoredPass, dloss_dlogprob: Sequence[FloatArray]) -> None:
         outputs, slopes = [], []
@@ -234,11 +260,13 @@ class Trainer:
         if outputs:
             self._added = True
             torch.autograd.backward(outputs, slopes)
+            self._activations.let_go()
 
-    def _tokens_computed(self, sequences: Sequences) -> int:
+    def _tokens_of_passes(self, sequences: Sequences) -> list[int]:
+        """Tokens that each pass computes."""
         if self.base.attention == "tree":
-            return sum(len(batch.tree.tokens) for batch in sequences.plan)
-        return sum(map(len, sequences.tokens))
+            return [len(batch.tree.tokens) for batch in sequences.plan]
+        return [len(tokens) for tokens in sequences.tokens]
 
     def _within_budget(self, tokens: int) -> bool:
         """Whether graphs of so many tokens may be kept; the first time of each answer is logged."""
@@ -287,8 +315,3 @@ class Trainer:
 def built_in_loss(name: str, data: Sequence[Datum], settings: Mapping[str, float] | None) -> DatumLoss:
     """A built-in loss over this call's data."""
     return lambda index, logprobs: datum_loss(name, logprobs, data[index], settings)
-
-
-def _used_up(graph: list[ScoredPass] | None) -> Iterator[ScoredPass] | None:
-    """Each pass once, its graph let go of as soon as its backward has run."""
-    return None if graph is None else (graph.pop(0) for _ in range(len(graph)))

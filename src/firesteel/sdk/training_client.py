@@ -108,7 +108,7 @@ class TrainingClient:
 
         `loss_fn(data, logprobs)` runs here, on the calling thread: `data` as they were passed, `logprobs` one
         float32 CPU tensor per datum, shaped like its targets. It returns a scalar tensor and a dict of numbers,
-        which becomes the result's `metrics` (beside `loss:sum`). If it raises, nothing has happened: no
+        which joins the result's `metrics` (its `loss:sum` is that of this loss). If it raises, nothing has happened: no
         gradient, no number used, the client goes on.
 
         With `weighted_only` targets of weight 0 are not scored and read 0.0; a loss that depends on them raises.
@@ -125,7 +125,7 @@ class TrainingClient:
                 _refuse_unscored(ours, gradient)
             return self._send(
                 lambda seq: Backward(self.model_id, seq, of, gradient),
-                lambda result: replace(result, metrics=metrics),
+                lambda result: replace(result, metrics={**result.metrics, **metrics}),
             )
         except BaseException:
             self._submit(ReleaseForward(self.model_id, of))

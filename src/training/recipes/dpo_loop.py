@@ -279,9 +279,11 @@ def train_step(
     data = [datum for pair in pairs for datum in pair.datums]
     result = policy.forward_backward_custom(data, loss, weighted_only=True)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
-    work = StepWork(sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch)
+    work = StepWork(
+        sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch, result.metrics
+    )
     measured = {"epoch": batch.epoch, "lr": rate, "loss": result.metrics["dpo_loss"], **optimizer}
-    dpo = {name: value for name, value in result.metrics.items() if name != "loss:sum"}
+    dpo = {name: value for name, value in result.metrics.items() if ":" not in name}
     # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
     named = {**measured, **dpo, **work.metrics}
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}

@@ -19,11 +19,15 @@ logger = logging.getLogger("firesteel")
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one optimizer step computed: tokens of all its sequences, seconds, and its epoch from 1."""
+    """What one optimizer step computed: tokens of all its sequences, seconds, its epoch from 1.
+
+    `computed` are the trainer's own figures, by the names of `Forward`'s result.
+    """
 
     tokens: int
     seconds: float
     epoch: int
+    computed: Mapping[str, float]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -35,6 +39,9 @@ class StepWork:
             "total_tokens": self.tokens + ref_tokens,
             "step_time_sec": self.seconds,
             "tokens_per_sec": self.tokens / self.seconds,
+            "computed_tokens": self.computed["computed_tokens:sum"],
+            "micro_batches": self.computed["micro_batches:sum"],
+            "activation_gib": self.computed["activation_bytes:max"] / 2**30,
         }
 
 

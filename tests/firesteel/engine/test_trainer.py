@@ -254,6 +254,37 @@ def test_graphs_that_are_still_kept_count_against_the_budget(
     assert (second.graph, second.tokens) == (None, 0)
 
 
+def test_a_call_says_what_it_made_the_model_compute(llama_folder: str, rng: np.random.Generator) -> None:
+    data = pair(rng, prompt=12, chosen=8, rejected=6) + pair(rng, prompt=12, chosen=8, rejected=6)
+    trainer = full_trainer(llama_folder)
+    work = trainer.forward(sequences(data, 30), cross_entropy(data)).work
+    assert work.tokens == 2 * (12 + 8 - 1 + 12 + 6 - 1)
+    assert work.computed_tokens == 2 * (12 + 7 + 5)
+    assert (work.passes, work.activation_bytes) == (2, 0)
+
+
+def test_the_activation_peak_is_what_is_kept_for_a_backward(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    data = make_pairs(rng, 4)
+    call = sequences(data, 1)
+    per_pass, whole = full_trainer(llama_folder), full_trainer(llama_folder)
+    one_pass = per_pass.forward_backward(call, cross_entropy(data)).work
+    scores, retained = whole.forward_retained(call, cross_entropy(data))
+    assert one_pass.passes == scores.work.passes == 4
+    assert 0 < one_pass.activation_bytes < scores.work.activation_bytes < 4.5 * one_pass.activation_bytes
+    # Each hidden state is kept at least once, and each weight not at all.
+    hidden = sum(scores.work.computed_tokens * 4 * 32 for _ in range(2))
+    assert scores.work.activation_bytes > hidden
+    trainable = sum(p.numel() * 4 for p in whole.base.network.parameters())
+    small = full_trainer(llama_folder)
+    tiny = [make_datum(np.array([3, 4]), 1)]
+    assert small.forward_backward(sequences(tiny), cross_entropy(tiny)).work.activation_bytes < trainable / 2
+    whole.backward(retained, [np.ones(d.model_input.length, np.float32) for d in data])
+    again = whole.forward(call, cross_entropy(data)).work
+    assert again.activation_bytes == scores.work.activation_bytes  # the most so far
+
+
 # Who divides: nobody here
 
 
