@@ -299,6 +299,7 @@ def _answer(scores: Scores) -> ForwardBackwardOutput:
         "loss:sum": scores.loss,
         "tokens:sum": float(work.tokens),
         "computed_tokens:sum": float(work.computed_tokens),
+        "scored_tokens:sum": float(work.scored_tokens),
         "micro_batches:sum": float(work.passes),
         "activation_bytes:max": float(work.activation_bytes),
     }

@@ -52,6 +52,8 @@ class Work:
     """Of all its sequences."""
     computed_tokens: int
     """After sharing."""
+    scored_tokens: int
+    """Targets whose log-probability was asked for."""
     passes: int
     activation_bytes: int
     """The most that any call so far has had kept for its backward."""
@@ -229,7 +231,13 @@ class Trainer:
                 logprobs[index] = values.detach().cpu().numpy()
         self._activations.let_go()
         passes = self._tokens_of_passes(sequences)
-        work = Work(sum(map(len, sequences.tokens)), sum(passes), len(passes), self._activations.peak_bytes)
+        work = Work(
+            tokens=sum(map(len, sequences.tokens)),
+            computed_tokens=sum(passes),
+            scored_tokens=sum(asked.places.size for asked in sequences.asked),
+            passes=len(passes),
+            activation_bytes=self._activations.peak_bytes,
+        )
         return Scores(tuple(logprobs), total, work)
 
     def _passes(self, sequences: Sequences) -> Iterator[ScoredPass]:

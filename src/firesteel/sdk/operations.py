@@ -111,7 +111,8 @@ class Forward:
     """Log-probabilities of the targets and the loss, no gradient. Result: `ForwardBackwardOutput`.
 
     Its metrics beside `loss:sum` say what was computed: `tokens:sum` of all sequences, `computed_tokens:sum`
-    after sharing, `micro_batches:sum`, and `activation_bytes:max`, the most ever kept for a backward so far.
+    after sharing, `scored_tokens:sum`, `micro_batches:sum`, and `activation_bytes:max`, the most that was kept for
+    a backward so far.
 
     With `retain`, a `Backward(of=seq_id)` may follow, as long as the weights do not change. With
     `weighted_only`, targets of weight 0 are not scored: their log-probabilities read 0.0.

@@ -150,6 +150,10 @@ class RunSummary:
     policy_job_id: str | None
     reference_job_id: str | None
     """None where the reference shared the policy's base."""
+    reference_seconds: float
+    """For the reference's log-probabilities of all rows, from the cache or computed."""
+    training_seconds: float
+    """From the first step to the last, evaluations between them included."""
 
 
 def main(config: Config) -> RunSummary:
@@ -224,12 +228,14 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    references, reference_job_id = reference_logprobs(run, service)
+    reference = reference_logprobs(run, service)
+    references = reference.logprobs
     train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
 
     before = evaluate_heldout(run, policy, heldout_references, step=0)
     answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
     answers_before = answers.of(policy)
+    started = time.monotonic()
     with run.display.bar(Stage("training", config.epochs * len(split.train))) as bar:
         for batch in epochs.batches():
             metrics = train_step(run, policy, batch, train_references)
@@ -240,17 +246,37 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
             if config.eval_interval and batch.step % config.eval_interval == 0 and not last:
                 evaluate_heldout(run, policy, heldout_references, batch.step)
         trained = f"{epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
+    training_seconds = time.monotonic() - started
     run.display.say(f"trained: {trained}")
     export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
     run.display.say(f"exported: {export}")
     after = evaluate_heldout(run, policy, heldout_references, epochs.total_steps)
     for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
         run.display.say(line)
-    return RunSummary(epochs.total_steps, before, after, export, service.trainer_job_id, reference_job_id)
+    return RunSummary(
+        epochs.total_steps,
+        before,
+        after,
+        export,
+        service.trainer_job_id,
+        reference.job_id,
+        reference.seconds,
+        training_seconds,
+    )
 
 
-def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogprobs], str | None]:
-    """The frozen reference's log-probabilities of all pairs, training first; the reference is released."""
+@dataclass(frozen=True)
+class ReferencePass:
+    """The frozen reference's log-probabilities of all pairs, and what they cost."""
+
+    logprobs: list[PairLogprobs]
+    """Training pairs first, then those held out."""
+    job_id: str | None
+    seconds: float
+
+
+def reference_logprobs(run: Run, service: ServiceClient) -> ReferencePass:
+    """Ask the reference for all pairs at once, and release it."""
     pairs = (*run.split.train, *run.split.heldout)
     reference = ReconnectableClient.from_training_client(
         service.create_reference_client(run.config.base_model, run.config.lora_rank)
@@ -262,10 +288,11 @@ def reference_logprobs(run: Run, service: ServiceClient) -> tuple[list[PairLogpr
         run.display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar,
     ):
         references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
-    run.display.say(f"reference: {statistics.summary} in {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    run.display.say(f"reference: {statistics.summary} in {seconds:.1f} s")
     job_id = service.reference_trainer_job_id
     service.release_references()
-    return references, job_id
+    return ReferencePass(references, job_id, seconds)
 
 
 def train_step(

@@ -40,6 +40,7 @@ class StepWork:
             "step_time_sec": self.seconds,
             "tokens_per_sec": self.tokens / self.seconds,
             "computed_tokens": self.computed["computed_tokens:sum"],
+            "scored_tokens": self.computed["scored_tokens:sum"],
             "micro_batches": self.computed["micro_batches:sum"],
             "activation_gib": self.computed["activation_bytes:max"] / 2**30,
         }

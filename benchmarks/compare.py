@@ -1,0 +1,183 @@
+"""Firesteel and TRL 1.16 on the same rows, weights, order, optimizer and batch size, in alternating processes.
+
+    python benchmarks/compare.py [--only a-full-cold] [--repeats 2] [--pairs 32] [--model smollm2-135m-instruct]
+                                 [--checkpointing] [--json benchmarks/results.json]
+
+A cell is a workload (a prompt-heavy, b answer-heavy, c short chat), `full` or `lora`, and `cold` (the reference
+is computed) or `warm` (it is known on both sides). Its first repeat checks that all losses agree to 1e-3 while
+they move by 0.05 or more; otherwise nothing is timed. Timed is from the first row to the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from sides import BATCH, Measured, Task
+from workloads import WORKLOADS, write_rows
+
+from firesteel import store
+from firesteel.catalog import load_catalog
+
+HERE = Path(__file__).parent
+RANKS = {"full": 0, "lora": 16}
+AGREEMENT, MOVEMENT = 1e-3, 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    workload: str
+    policy: str
+    start: str
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        return f"{self.workload}-{self.policy}-{self.start}"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One alternation."""
+
+    ours: Measured
+    theirs: Measured
+
+    @property
+    def speed(self) -> float:
+        """How many times faster."""
+        return self.theirs.seconds / self.ours.seconds
+
+    @property
+    def memory(self) -> float:
+        """Our peak over theirs."""
+        return self.ours.peak_gib / self.theirs.peak_gib
+
+
+def main() -> None:
+    """Run the cells asked for; print a line for each and write all numbers as JSON."""
+    options = parse_options()
+    cells = [Cell(*parts) for parts in itertools.product(WORKLOADS, RANKS, ("cold", "warm"))]
+    chosen = [cell for cell in cells if options.only in (None, cell.name)]
+    if not chosen:
+        sys.exit(f"--only {options.only}: there is {', '.join(cell.name for cell in cells)}")
+    model = store.fetch(load_catalog().resolve_model(options.model))
+    print(f"{options.model}, {options.pairs} pairs, {BATCH} a step, {environment()}")
+    results = {}
+    for cell in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            repeats = list(run_cell(cell, Path(folder), model, options))
+        results[cell.name] = repeats
+        print(line(cell, repeats), flush=True)
+    if options.json:
+        write_json(options.json, results)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=8 * BATCH)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--checkpointing", action="store_true", help="TRL with gradient checkpointing on")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def run_cell(cell: Cell, folder: Path, model: Path, options: argparse.Namespace) -> Iterator[Repeat]:
+    """Alternate, each repeat in the other order."""
+    rank = RANKS[cell.policy]
+    task = Task(folder, model, folder / "rows.jsonl", folder / "start", rank, cell.start == "warm")
+    write_rows(WORKLOADS[cell.workload], options.pairs, task.rows)
+    if rank:
+        launch("firesteel_side.py", task, "export-start")
+    for number in range(options.repeats):
+        measured = {}
+        for side in ("firesteel_side.py", "trl_side.py")[:: 1 if number % 2 == 0 else -1]:
+            own = folder / f"{number}-{side}"
+            own.mkdir()
+            theirs = side == "trl_side.py"
+            run = replace(task, folder=own, checkpointing=theirs and options.checkpointing)
+            launch(side, run)
+            measured[side] = Measured(**json.loads(run.answer.read_text()))
+        repeat = Repeat(measured["firesteel_side.py"], measured["trl_side.py"])
+        if number == 0:
+            check_losses(cell, repeat)
+        yield repeat
+
+
+def launch(side: str, task: Task, *more: str) -> None:
+    """Run a side in a process of its own; what it prints is shown if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(HERE / side), task.write(), *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def check_losses(cell: Cell, repeat: Repeat) -> None:
+    """Only equal work may be timed."""
+    ours, theirs = repeat.ours.losses, repeat.theirs.losses
+    if len(ours) != len(theirs):
+        sys.exit(f"{cell.name}: {len(ours)} steps here, {len(theirs)} in TRL")
+    apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    moved = max(ours) - min(ours)
+    if apart > AGREEMENT or moved < MOVEMENT:
+        sys.exit(f"{cell.name}: losses differ by {apart:.1e} and move by {moved:.2g}\n{ours}\n{theirs}")
+
+
+def line(cell: Cell, repeats: Sequence[Repeat]) -> str:
+    """A cell for people: medians, the range of the ratio, and ours → theirs."""
+    speeds = [repeat.speed for repeat in repeats]
+    middle = sorted(repeats, key=lambda repeat: repeat.speed)[len(repeats) // 2]
+    ours, theirs = middle.ours, middle.theirs
+    useful = [repeat.ours.useful_share or 0.0 for repeat in repeats]
+    return (
+        f"{cell.name:<12} {statistics.median(speeds):5.2f}x ({min(speeds):.2f}-{max(speeds):.2f})  "
+        f"{ours.pairs / ours.seconds:5.2f} vs {theirs.pairs / theirs.seconds:5.2f} pairs/s  "
+        f"{ours.tokens / ours.seconds:6.0f} vs {theirs.tokens / theirs.seconds:6.0f} tokens/s  "
+        f"peak {ours.peak_gib:5.2f} vs {theirs.peak_gib:5.2f} GiB ({middle.memory:.2f}x)  "
+        f"useful work {statistics.median(useful):.0%} of {ours.linear_gflops:.0f} GFLOP/s"
+    )
+
+
+def environment() -> str:
+    """What the numbers depend on."""
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.processor() or platform.machine()}"
+    )
+
+
+def write_json(path: Path, results: Mapping[str, Sequence[Repeat]]) -> None:
+    """All runs, not only medians."""
+    cells = {name: [asdict(repeat) for repeat in repeats] for name, repeats in results.items()}
+    written = {
+        "date": time.strftime("%Y-%m-%d"),
+        "batch": BATCH,
+        "environment": environment(),
+        "cells": cells,
+    }
+    path.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

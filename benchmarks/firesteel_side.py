@@ -1,0 +1,93 @@
+"""One run of Firesteel's own recipe for `compare.py`: its JSON says how long it took and what it computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sides import BATCH, RATE, Measured, Task
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from training.recipes.dpo_loop import Config, main
+from training.utils import build_service_client
+
+
+def run(task: Task) -> Measured:
+    """Train once; a warm run fills the reference cache first, untimed."""
+    os.environ["FIRESTEEL_HOME"] = str(task.folder / "home")
+    config = Config(
+        log_path=str(task.folder / "run"),
+        base_model=str(task.model),
+        dataset=str(task.rows),
+        lora_rank=task.rank,
+        learning_rate=RATE[task.rank],
+        weight_decay=0.0,
+        batch_size=BATCH,
+        shuffle=False,
+    )
+    if task.warm:
+        main(config.model_copy(update={"learning_rate": 0.0, "log_path": str(task.folder / "filling")}))
+    summary = main(config)
+    steps = [json.loads(line) for line in (task.folder / "run/metrics.jsonl").read_text().splitlines()]
+    computed = sum(step["train/computed_tokens"] for step in steps)
+    rate = linear_rate(task.model, round(computed / sum(step["train/micro_batches"] for step in steps)))
+    useful = useful_flops(task, computed, sum(step["train/scored_tokens"] for step in steps))
+    return Measured(
+        side="firesteel",
+        seconds=summary.reference_seconds + summary.training_seconds,
+        pairs=len(steps) * BATCH,
+        tokens=int(sum(step["train/step_tokens"] for step in steps)),
+        losses=[step["train/dpo_loss"] for step in steps],
+        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        threads=torch.get_num_threads(),
+        useful_share=useful / sum(step["train/step_time_sec"] for step in steps) / rate,
+        linear_gflops=rate / 1e9,
+    )
+
+
+def layers(model: Path) -> list[tuple[int, int]]:
+    """Widths of all linear layers, the head last."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    return [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+
+
+def useful_flops(task: Task, computed: float, scored: float) -> float:
+    """Of the steps: forward, and backward for weights and inputs (full) or inputs (LoRA); head where scored."""
+    *body, head = (2 * i * o for i, o in layers(task.model))
+    return (2 if task.rank else 3) * (sum(body) * computed + head * scored)
+
+
+def linear_rate(model: Path, rows: int) -> float:
+    """What `torch.nn.functional.linear` reaches here at the model's own shapes, head left out, FLOP/s."""
+    flops = seconds = 0.0
+    for wide, narrow in layers(model)[:7] * 3:  # one block, three times
+        x, weight = torch.randn(rows, wide), torch.randn(narrow, wide)
+        F.linear(x, weight)
+        started = time.perf_counter()
+        for _ in range(10):
+            F.linear(x, weight)
+        seconds += time.perf_counter() - started
+        flops += 20 * rows * wide * narrow
+    return flops / seconds
+
+
+def export_start(task: Task) -> None:
+    """Write the adapter that both sides start from."""
+    with build_service_client(base_model=str(task.model), lora_rank=task.rank) as service:
+        service.create_training_client(seed=0).save_weights(str(task.adapter)).result()
+
+
+if __name__ == "__main__":
+    given = Task.read(sys.argv[1])
+    if sys.argv[2:] == ["export-start"]:
+        export_start(given)
+    else:
+        given.answer.write_text(json.dumps(asdict(run(given))))

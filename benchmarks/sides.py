@@ -1,0 +1,63 @@
+"""What `compare.py` and the two sides tell each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+BATCH = 4
+RATE = {0: 2e-5, 16: 5e-4}
+"""Learning rate by LoRA rank: both move the loss by more than 0.05 in 8 steps."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one side, handed over as a file."""
+
+    folder: Path
+    """The run's own, empty."""
+    model: Path
+    rows: Path
+    adapter: Path
+    """Where a LoRA run starts; unused at rank 0."""
+    rank: int
+    warm: bool
+    checkpointing: bool = False
+    """TRL's gradient checkpointing, for memory quoted against both."""
+
+    @property
+    def answer(self) -> Path:
+        """Where the side writes what it measured."""
+        return self.folder / "measured.json"
+
+    def write(self) -> str:
+        """The path of a file that `read` understands."""
+        path = self.folder / "task.json"
+        path.write_text(json.dumps(asdict(self), default=str))
+        return str(path)
+
+    @classmethod
+    def read(cls, path: str) -> Task:
+        """The task in a file."""
+        given = json.loads(Path(path).read_text())
+        return cls(**given | {name: Path(given[name]) for name in ("folder", "model", "rows", "adapter")})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took. Model load, imports and TRL's tokenisation are not in `seconds`."""
+
+    side: str
+    seconds: float
+    pairs: int
+    tokens: int
+    """Of both whole sequences of each pair."""
+    losses: list[float]
+    """Of each step."""
+    peak_gib: float
+    """Resident memory of the whole process, imports and load included."""
+    threads: int
+    useful_share: float | None = None
+    """Matrix-multiply work that the steps cannot do without, over their time and `linear_gflops`."""
+    linear_gflops: float | None = None
