@@ -43,8 +43,9 @@ format: setup ## Format the code and mend what lint can mend
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-bench: setup ## Time the reference pass and the training step on this machine
-	$(BIN)/python benchmarks/step.py
+bench: $(VENV)/.installed-slow ## Compare with TRL on this machine (an hour or more; ONLY=c-lora-cold runs one cell)
+	$(BIN)/firesteel models pull smollm2-135m-instruct
+	$(BIN)/python benchmarks/compare.py --json benchmarks/results.json $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

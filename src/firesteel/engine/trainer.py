@@ -31,7 +31,7 @@ logger = logging.getLogger("firesteel")
 
 # Tokens after sharing, by kind of device. One pass: enough for products at full speed, few enough that the
 # element-wise work between them stays in a cache. Kept graphs: memory. Measured: benchmarks/RESULTS.md.
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 ACTIVATION_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 

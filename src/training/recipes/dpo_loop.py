@@ -22,7 +22,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from firesteel.sdk import AdamParams, NotBuiltYetError, ServiceClient
-from firesteel.store import home
 from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
@@ -31,7 +30,7 @@ from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
 from training.utils.pairs import Rendering, render_pairs, write_row_outcomes
 from training.utils.preference_data import read_preferences
 from training.utils.progress import Display, Stage
-from training.utils.reference_cache import ReferenceCache
+from training.utils.reference_pass import run_reference_pass
 from training.utils.rendering import Renderer, load_tokenizer
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs, Schedule
@@ -228,7 +227,9 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    reference = reference_logprobs(run, service)
+    reference = run_reference_pass(
+        (*split.train, *split.heldout), service, run.renderer, run.display, config.seed
+    )
     references = reference.logprobs
     train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
 
@@ -263,36 +264,6 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         reference.seconds,
         training_seconds,
     )
-
-
-@dataclass(frozen=True)
-class ReferencePass:
-    """The frozen reference's log-probabilities of all pairs, and what they cost."""
-
-    logprobs: list[PairLogprobs]
-    """Training pairs first, then those held out."""
-    job_id: str | None
-    seconds: float
-
-
-def reference_logprobs(run: Run, service: ServiceClient) -> ReferencePass:
-    """Ask the reference for all pairs at once, and release it."""
-    pairs = (*run.split.train, *run.split.heldout)
-    reference = ReconnectableClient.from_training_client(
-        service.create_reference_client(run.config.base_model, run.config.lora_rank)
-    )
-    path = home() / "reference_cache.sqlite"
-    started = time.monotonic()
-    with (
-        closing(ReferenceCache(path, reference.identify(), run.renderer.identity)) as cache,
-        run.display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar,
-    ):
-        references, statistics = cache.fill(pairs, reference, bar.advance, run.config.seed)
-    seconds = time.monotonic() - started
-    run.display.say(f"reference: {statistics.summary} in {seconds:.1f} s")
-    job_id = service.reference_trainer_job_id
-    service.release_references()
-    return ReferencePass(references, job_id, seconds)
 
 
 def train_step(

@@ -203,6 +203,25 @@ def test_an_adapter_of_the_head_is_trained(
     assert max(np.abs(a - b).max() for a, b in zip(score(trainer, data), before, strict=True)) > 0.01
 
 
+class Doubled(torch.nn.Linear):
+    """A layer that computes otherwise, as quantised ones do."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(states)
+
+
+def test_a_layer_that_computes_otherwise_does_so_under_an_adapter(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    base, data = load(llama_folder), make_pairs(rng, 1)
+    usual = score(Trainer(base, "before", None, trainable=False), data)
+    base.network.model.layers[0].self_attn.q_proj.__class__ = Doubled
+    frozen = score(Trainer(base, "frozen", None, trainable=False), data)
+    adapted = score(lora_trainer(base), data)  # a fresh adapter adds nothing
+    assert not np.allclose(usual[0], frozen[0], atol=1e-3)
+    assert all(np.allclose(one, two, atol=1e-6) for one, two in zip(adapted, frozen, strict=True))
+
+
 def test_an_adapter_that_would_train_nothing_is_refused(llama_folder: str) -> None:
     with pytest.raises(ModelError, match="nothing would be trained"):
         lora_trainer(load(llama_folder), config=LoraConfig(4, train_attn=False, train_mlp=False))
