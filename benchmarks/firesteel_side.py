@@ -36,6 +36,9 @@ def run(task: Task) -> Measured:
     if task.warm:
         main(config.model_copy(update={"learning_rate": 0.0, "log_path": str(task.folder / "filling")}))
     summary = main(config)
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )  # before models are loaded to be counted
     steps = [json.loads(line) for line in (task.folder / "run/metrics.jsonl").read_text().splitlines()]
     computed = sum(step["train/computed_tokens"] for step in steps)
     rate = linear_rate(task.model, round(computed / sum(step["train/micro_batches"] for step in steps)))
@@ -46,7 +49,7 @@ def run(task: Task) -> Measured:
         pairs=len(steps) * BATCH,
         tokens=int(sum(step["train/step_tokens"] for step in steps)),
         losses=[step["train/dpo_loss"] for step in steps],
-        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        peak_gib=peak,
         threads=torch.get_num_threads(),
         useful_share=useful / sum(step["train/step_time_sec"] for step in steps) / rate,
         linear_gflops=rate / 1e9,

@@ -27,6 +27,7 @@ class Activations:
         if tokens <= self._most_tokens:
             yield
             return
+        self._kept.clear()  # a call that failed may have left what it kept
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
         self._most_tokens = tokens

@@ -285,6 +285,15 @@ def test_the_activation_peak_is_what_is_kept_for_a_backward(
     assert again.activation_bytes == scores.work.activation_bytes  # the most so far
 
 
+def test_what_a_failed_call_kept_does_not_count(llama_folder: str, rng: np.random.Generator) -> None:
+    data = make_pairs(rng, 2)
+    calm, failed = full_trainer(llama_folder), full_trainer(llama_folder)
+    with pytest.raises(ZeroDivisionError):
+        failed.forward_backward(sequences(data), failing_at(data, 0))
+    works = [t.forward_backward(sequences(data), cross_entropy(data)).work for t in (calm, failed)]
+    assert works[0].activation_bytes == works[1].activation_bytes > 0
+
+
 # Who divides: nobody here
 
 
