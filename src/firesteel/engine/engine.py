@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from firesteel.engine.host import Host
+from firesteel.engine.memory import keep_freed_memory
 from firesteel.engine.ordering import ModelOrder, new_future
 from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, OperationFailed
 from firesteel.sdk.operations import (
@@ -35,6 +36,7 @@ class Engine:
     """
 
     def __init__(self) -> None:
+        keep_freed_memory()  # before the thread below makes its first allocation
         self._host = Host()
         self._orders: dict[str, ModelOrder] = {}
         self._queue: deque[tuple[Operation, Future[Any]]] = deque()

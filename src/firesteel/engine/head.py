@@ -262,7 +262,7 @@ def _recomputed(
     call, hidden, weight, low, up = ctx.call, inputs.hidden, inputs.weight, inputs.low, inputs.up
     given = (hidden, weight, inputs.bias, low, up)
     sums = [
-        torch.zeros_like(tensor, dtype=wide(hidden.dtype)) if tensor is not None and wanted else None
+        _Sum(tensor, wide(hidden.dtype)) if tensor is not None and wanted else None
         for tensor, wanted in zip(given, ctx.needs_input_grad, strict=False)
     ]
     d_hidden, d_weight, d_bias, d_low, d_up = sums
@@ -273,20 +273,52 @@ def _recomputed(
         dz = z.sub_(normalizer[tile.rows, None]).exp_().mul_(-total[tile.rows, None])
         dz.index_put_(tile.entries, gradient[tile.members], accumulate=True)
         dz = dz if slope is None else dz.mul_(slope)
+        first_column, first_row = tile.columns.start == 0, tile.rows.start == 0
         if d_hidden is not None:
-            _add_product(d_hidden[tile.rows], dz, weight[tile.columns])
+            d_hidden.add_product(tile.rows, dz, weight[tile.columns], fresh=first_column)
         if d_weight is not None:
-            _add_product(d_weight[tile.columns], dz.t(), hidden[tile.rows])
+            d_weight.add_product(tile.columns, dz.t(), hidden[tile.rows], fresh=first_row)
         if d_bias is not None:
-            d_bias[tile.columns] += dz.sum(0)
+            d_bias.add(tile.columns, dz.sum(0), fresh=first_row)
         if d_low is not None and up is not None:
-            _add_product(d_low[tile.rows], dz, up[tile.columns])
+            d_low.add_product(tile.rows, dz, up[tile.columns], fresh=first_column)
         if d_up is not None and low is not None:
-            _add_product(d_up[tile.columns], dz.t(), low[tile.rows])
-    return [
-        None if total is None or tensor is None else total.to(tensor.dtype)
-        for total, tensor in zip(sums, given, strict=True)
-    ]
+            d_up.add_product(tile.columns, dz.t(), low[tile.rows], fresh=first_row)
+    return [None if total is None else total.result for total in sums]
+
+
+class _Sum:
+    """A gradient added up over tiles in a type wide enough; what comes first is written, not added to zeros.
+
+    The head's gradient is as large as the vocabulary: filling it and reading the zeros back would cost as much as
+    a product with few rows.
+    """
+
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype) -> None:
+        self._dtype = like.dtype
+        self._total = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The sum, in its tensor's own type."""
+        return self._total.to(self._dtype)
+
+    def add_product(self, part: slice, a: torch.Tensor, b: torch.Tensor, *, fresh: bool) -> None:
+        """``total[part] += a b``, `fresh` where nothing was added there before."""
+        total = self._total[part]
+        if total.dtype is not b.dtype:
+            self.add(part, torch.mm(a.to(b.dtype), b), fresh=fresh)
+        elif fresh:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+
+    def add(self, part: slice, value: torch.Tensor, *, fresh: bool) -> None:
+        """``total[part] += value``."""
+        if fresh:
+            self._total[part] = value
+        else:
+            self._total[part] += value
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

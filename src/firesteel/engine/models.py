@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from firesteel.catalog import ModelEntry
@@ -91,6 +92,17 @@ def load_base(name: str, entry: ModelEntry, folder: Path, shape: TrainingShape) 
         native_attention=native_attention,
         max_context_length=_context_length(name, network.config, shape),
     )
+
+
+def add_embedding_rows_to_head(base: BaseModel) -> None:
+    """Where embedding and head are one matrix, let the embedding's gradient be the rows that were read.
+
+    As a matrix it would be filled with zeros and added to the head's, each as large as the vocabulary. On a GPU
+    that is quick, and finding the rows would make the host wait.
+    """
+    embedding, head = base.network.get_input_embeddings(), base.network.get_output_embeddings()
+    if base.device == "cpu" and isinstance(embedding, nn.Embedding) and embedding.weight is head.weight:
+        embedding.sparse = True
 
 
 def on_shape(base: BaseModel, name: str, shape: TrainingShape) -> BaseModel:

@@ -20,7 +20,7 @@ from firesteel.engine.adapters import Adapter, switch_adapter
 from firesteel.engine.attention import using_attention
 from firesteel.engine.logprobs import Asked, plain_logprobs, tree_logprobs
 from firesteel.engine.losses import datum_loss
-from firesteel.engine.models import BaseModel
+from firesteel.engine.models import BaseModel, add_embedding_rows_to_head
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
 from firesteel.fetching import quiet_transformers
@@ -123,6 +123,7 @@ class Trainer:
                 )
             if self._adapter is None:
                 base.network.requires_grad_(True)
+                add_embedding_rows_to_head(base)
             self._optimizer = Optimizer(self._trained_parameters())
 
     @property
