@@ -44,7 +44,7 @@ def tree_logprobs(
     """
     if not any(a.places.size for a in asked):
         return _in_shape(torch.zeros(0, dtype=wide(model.dtype), device=model.device), asked)
-    mask = TreeMask(tree, model.device)
+    mask = TreeMask(tree, model.device, model.dtype)
     inputs = {
         "input_ids": torch.from_numpy(tree.tokens)[None].to(model.device),
         "position_ids": torch.from_numpy(tree.positions)[None].to(model.device),

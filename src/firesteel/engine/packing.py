@@ -121,7 +121,7 @@ class MicroBatch:
 def plan(sequences: Sequence[IntArray], token_budget: int) -> tuple[MicroBatch, ...]:
     """Cut a call into micro-batches of at most `token_budget` tokens after sharing, in order.
 
-    A cut is only made where neighbours share no more than the neighbours on either side do, so a pair that
+    A cut is made where neighbours share nothing, or no more than the neighbours on either side do: a pair that
     shares its prompt is never split, and a long run of answers to one prompt may be. What cannot be cut
     further may exceed the budget.
     """
@@ -150,6 +150,8 @@ def _next_cut(sequences: Sequence[IntArray], shared: list[int], start: int, toke
 
 def _may_cut(shared: list[int], index: int) -> bool:
     here = shared[index - 1]
+    if here == 0:
+        return True
     before = shared[index - 2] if index >= 2 else -1
     after = shared[index] if index < len(shared) else -1
     return before >= here <= after

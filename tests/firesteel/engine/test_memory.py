@@ -27,7 +27,9 @@ def faults_of_five_blocks(**environment: str) -> tuple[bool, int]:
     """Whether the allocator was set, and the pages that were mapped anew for blocks that had been freed before."""
     command = [sys.executable, "-c", BLOCKS]
     clean = {"PATH": "/usr/bin:/bin", **environment}
-    done, faults = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.split()
+    done, faults = subprocess.run(
+        command, env=clean, capture_output=True, text=True, check=True
+    ).stdout.split()
     return done == "True", int(faults)
 
 

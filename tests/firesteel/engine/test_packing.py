@@ -197,8 +197,14 @@ def test_a_batch_over_the_budget_has_no_place_to_cut(batch: list[list[int]], bud
         if len(part.tree.tokens) <= budget:
             continue
         for left in part.members[:-1]:
+            assert shared[left] > 0
             has_both_neighbours = 0 < left < len(shared) - 1
             assert not has_both_neighbours or shared[left] > min(shared[left - 1], shared[left + 1])
+
+
+def test_sequences_that_share_nothing_are_never_held_together() -> None:
+    cut = plan(arrays([[1] * 9, [2] * 9, [3] * 9]), 10)
+    assert [part.members for part in cut] == [(0,), (1,), (2,)]
 
 
 def test_a_long_group_of_answers_to_one_prompt_may_be_split() -> None:
