@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 class AdaptedLinear(PeftLinear):  # type: ignore[misc]
     """peft's layer in all but its forward, which takes three passes over the layer's output more than it needs."""
 
+    one_operation = True
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., I]`` → ``[..., O]``."""
         layer = self.get_base_layer()
         # A subclass may be stored or computed otherwise (quantised): only peft knows how.
-        if self.disable_adapters or type(layer) is not nn.Linear or args or kwargs:
+        if not self.one_operation or self.disable_adapters or type(layer) is not nn.Linear or args or kwargs:
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         return adapted_linear(x, layer, _active_low_rank(self))
@@ -116,6 +118,19 @@ def _expecting_several_adapters() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         yield
+
+
+@contextmanager
+def peft_layers(network: PreTrainedModel) -> Iterator[None]:
+    """Let peft compute its layers itself for a while: the plain twin of `AdaptedLinear`."""
+    ours = [layer for layer in _adapted_layers(network) if isinstance(layer, AdaptedLinear)]
+    for layer in ours:
+        layer.one_operation = False
+    try:
+        yield
+    finally:
+        for layer in ours:
+            layer.one_operation = True
 
 
 def switch_adapter(network: PreTrainedModel, name: str | None) -> None:

@@ -17,6 +17,7 @@ from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
+    Examine,
     Forward,
     ForwardBackward,
     Operation,
@@ -53,7 +54,7 @@ class Engine:
             if self._closed:
                 raise ClosedError(f"{operation_name(operation)}: the engine is closed")
             match operation:
-                case Forward() | ForwardBackward() | Backward() | OptimStep() | SaveWeights():
+                case Forward() | ForwardBackward() | Backward() | Examine() | OptimStep() | SaveWeights():
                     if operation.model_id not in self._orders:
                         raise OperationError(
                             f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"

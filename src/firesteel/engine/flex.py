@@ -8,7 +8,6 @@ Numbers as in `attention`, where the CPU computes one segment at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,14 +42,14 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: BlockMask, scale: float | None
 ) -> torch.Tensor:
     """Query ``[1, heads, T, d]``, key and value ``[1, kv_heads, T, d]`` → ``[1, heads, T, d]``; sums in float32."""
-    kernel: Callable[..., Any] = _compiled() if query.device.type == "cuda" else flex_attention
+    kernel = _kernel(query.device.type)
     grouped = query.shape[1] != key.shape[1]
     output: torch.Tensor = kernel(query, key, value, block_mask=blocks, scale=scale, enable_gqa=grouped)
     return output
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
-    # Any row length by one kernel: every new one would otherwise be compiled for many seconds.
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
-    return compiled
+def _kernel(device: str) -> Any:
+    # Compiled for any row length at once: every new one would otherwise take many seconds. A CPU has only the
+    # uncompiled form, for comparison.
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

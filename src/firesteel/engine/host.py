@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
+    Examine,
     Forward,
     ForwardBackward,
     IdentifyModel,
@@ -48,6 +50,8 @@ from firesteel.sdk.operations import (
 from firesteel.sdk.shapes import TrainingShape
 from firesteel.sdk.types import (
     Datum,
+    Examined,
+    FloatArray,
     ForwardBackwardOutput,
     OptimStepResponse,
     SampleResponse,
@@ -106,6 +110,8 @@ class Host:
                 return self._forward_backward(operation)
             case Backward():
                 return self._backward(operation)
+            case Examine():
+                return self._examine(operation)
             case ReleaseForward():
                 self._model(operation.model_id).retained.pop(operation.of, None)
                 return None
@@ -218,13 +224,17 @@ class Host:
                 f"{operation_name(operation)}: forward seq {operation.of} is not kept: it was not sent with retain, "
                 f"its backward has run, or the weights have changed since"
             )
-        shapes = [asked.targets.shape for asked in forward.retained.sequences.asked]
-        if shapes != [slope.shape for slope in operation.dloss_dlogprob]:
-            raise OperationError(
-                f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
-            )
+        _check_shapes(operation, forward.retained.sequences, operation.dloss_dlogprob)
         model.trainer.backward(forward.retained, operation.dloss_dlogprob)
         return forward.answer
+
+    def _examine(self, operation: Examine) -> Examined:
+        model = self._model(operation.model_id)
+        check_data(operation.data, "cross_entropy", None, operation.weighted_only)
+        sequences = _sequences(model, operation.data, operation.weighted_only)
+        if operation.dloss_dlogprob is not None:
+            _check_shapes(operation, sequences, operation.dloss_dlogprob)
+        return Examined(*model.trainer.examine(sequences, operation.attention, operation.dloss_dlogprob))
 
     def _save_weights(self, operation: SaveWeights) -> SaveWeightsResponse:
         model = self._model(operation.model_id)
@@ -290,6 +300,13 @@ def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool)
         for t, datum in zip(targets, data, strict=True)
     )
     return Sequences(tokens, asked, plan(tokens, model.trainer.tokens_per_pass))
+
+
+def _check_shapes(operation: Operation, sequences: Sequences, slopes: Sequence[FloatArray]) -> None:
+    if [asked.targets.shape for asked in sequences.asked] != [slope.shape for slope in slopes]:
+        raise OperationError(
+            f"{operation_name(operation)}: dloss_dlogprob does not match the targets' shapes"
+        )
 
 
 def _answer(scores: Scores) -> ForwardBackwardOutput:

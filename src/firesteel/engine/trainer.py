@@ -23,9 +23,11 @@ from firesteel.engine.losses import datum_loss
 from firesteel.engine.models import BaseModel, add_embedding_rows_to_head
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
+from firesteel.engine.plain import plain_layers, plain_pass, pull, sketch
 from firesteel.fetching import quiet_transformers
 from firesteel.sdk.errors import ModelError, OperationError
-from firesteel.sdk.types import AdamParams, Datum, FloatArray, IntArray, LoraConfig
+from firesteel.sdk.operations import PlainAttention
+from firesteel.sdk.types import AdamParams, Datum, FloatArray, GradientSketch, IntArray, LoraConfig
 
 logger = logging.getLogger("firesteel")
 
@@ -192,6 +194,34 @@ class Trainer:
         with self._weights():
             return optimizer.step(params)
 
+    def examine(
+        self, sequences: Sequences, attention: PlainAttention | None, slopes: Sequence[FloatArray] | None
+    ) -> tuple[tuple[FloatArray, ...], GradientSketch | None]:
+        """Log-probabilities by the fast path or, with a plain attention, by transformers' own forward.
+
+        With `slopes` (dLoss/dlogprob) also what is compared of the gradient; the gradient itself is dropped.
+        """
+        optimizer = self._need_trainable("examine")
+        if any(parameter.grad is not None for parameter in self._trained_parameters()):
+            raise OperationError(
+                "examine: a gradient has been added and would be lost; call it before forward_backward or "
+                "after optim_step"
+            )
+        network = self.base.network
+        found: list[FloatArray] = [np.empty(0, np.float32)] * len(sequences.tokens)
+        path = plain_layers(network, attention) if attention else nullcontext()
+        with torch.set_grad_enabled(slopes is not None), self._weights(), path:
+            try:
+                passes = self._plain_passes(sequences) if attention else self._passes(sequences)
+                for scored in passes:
+                    if slopes is not None:
+                        pull(scored.logprobs, [slopes[i] for i in scored.members])
+                    for index, values in zip(scored.members, scored.logprobs, strict=True):
+                        found[index] = values.detach().cpu().numpy()
+                return tuple(found), sketch(self._trained_parameters()) if slopes is not None else None
+            finally:
+                optimizer.clear()
+
     def write_weights(self, folder: Path) -> None:
         """Write an adapter in PEFT's format, or the whole model in Hugging Face's, into an empty folder."""
         if self._adapter is not None:
@@ -253,6 +283,10 @@ class Trainer:
                 tokens, asked_here = sequences.tokens[index], sequences.asked[index]
                 yield ScoredPass((index,), [plain_logprobs(network, tokens, asked_here, head)])
 
+    def _plain_passes(self, sequences: Sequences) -> Iterator[ScoredPass]:
+        for index, (tokens, asked) in enumerate(zip(sequences.tokens, sequences.asked, strict=True)):
+            yield ScoredPass((index,), [plain_pass(self.base.network, tokens, asked)])
+
     def _backward_of(self, scored: ScoredPass, share: torch.Tensor) -> None:
         if share.requires_grad:
             self._added = True
@@ -260,15 +294,9 @@ class Trainer:
             self._activations.let_go()
 
     def _pull(self, scored: ScoredPass, dloss_dlogprob: Sequence[FloatArray]) -> None:
-        outputs, slopes = [], []
-        for index, values in zip(scored.members, scored.logprobs, strict=True):
-            if values.requires_grad:
-                slope = torch.from_numpy(np.ascontiguousarray(dloss_dlogprob[index]))
-                outputs.append(values)
-                slopes.append(slope.to(values.device, values.dtype))
-        if outputs:
+        if any(values.requires_grad for values in scored.logprobs):
             self._added = True
-            torch.autograd.backward(outputs, slopes)
+            pull(scored.logprobs, [dloss_dlogprob[index] for index in scored.members])
             self._activations.let_go()
 
     def _tokens_of_passes(self, sequences: Sequences) -> list[int]:

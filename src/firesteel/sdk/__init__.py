@@ -14,6 +14,7 @@ from firesteel.sdk.errors import (
     OperationFailed,
     RowError,
     UserError,
+    VerificationFailed,
 )
 from firesteel.sdk.futures import APIFuture
 from firesteel.sdk.service_client import Provisioning, ServiceClient
@@ -33,6 +34,7 @@ from firesteel.sdk.types import (
     SaveWeightsResponse,
     TensorData,
 )
+from firesteel.sdk.verification import Verification
 
 __all__ = [
     "APIFuture",
@@ -62,4 +64,6 @@ __all__ = [
     "TrainingClient",
     "Transport",
     "UserError",
+    "Verification",
+    "VerificationFailed",
 ]

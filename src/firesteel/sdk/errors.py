@@ -10,6 +10,7 @@
     │   ├── ModelError           a model, tokenizer or shape name; a model that cannot do what is asked
     │   ├── OperationError       an operation that cannot run as sent (lengths, order, unknown model)
     │   └── NotBuiltYetError     planned, documented, not there yet
+    ├── VerificationFailed       the fast path and the plain path differ by more than rounding
     ├── OperationFailed          an operation failed for a reason that is not the caller's; category "server"
     └── ClosedError              the client, trainer or engine was closed while the operation waited
 
@@ -88,6 +89,12 @@ class OperationFailed(FiresteelError, RuntimeError):
     """An operation failed for a reason that is not the caller's: a bug, or a resource that ran out."""
 
     code = "operation.failed"
+
+
+class VerificationFailed(FiresteelError, ArithmeticError):
+    """The fast path does not give the numbers of the plain one."""
+
+    code = "verification"
 
 
 class ClosedError(FiresteelError, RuntimeError):

@@ -27,6 +27,7 @@ from firesteel.sdk.types import (
 )
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+PlainAttention = Literal["eager", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,23 @@ class ReleaseForward:
 
 
 @dataclass(frozen=True)
+class Examine:
+    """Log-probabilities by one of the ways to compute them, for comparison. Result: `Examined`.
+
+    `attention` None is the fast path; otherwise transformers' own forward with that attention, one sequence at a
+    time. With `dloss_dlogprob` (as in `Backward`) the gradient is summed up in a sketch and dropped; refused while a
+    gradient waits for its `OptimStep`.
+    """
+
+    model_id: str
+    seq_id: int
+    data: tuple[Datum, ...]
+    attention: PlainAttention | None = None
+    dloss_dlogprob: tuple[FloatArray, ...] | None = None
+    weighted_only: bool = False
+
+
+@dataclass(frozen=True)
 class OptimStep:
     """Apply the added gradient with AdamW and clear it. Result: `OptimStepResponse`."""
 
@@ -192,7 +210,7 @@ class Sample:
     num_samples: int = 1
 
 
-OrderedOperation = Forward | ForwardBackward | Backward | OptimStep | SaveWeights
+OrderedOperation = Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights
 UnorderedOperation = (
     ResolveShape | CreateModel | CreateBaseReference | IdentifyModel | UnloadModel | ReleaseForward | Sample
 )
@@ -203,7 +221,7 @@ def operation_name(operation: Operation) -> str:
     """For messages: `forward_backward seq 3 of model-1`."""
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(operation).__name__).lstrip("_")
     match operation:
-        case Forward() | ForwardBackward() | Backward() | OptimStep() | SaveWeights():
+        case Forward() | ForwardBackward() | Backward() | Examine() | OptimStep() | SaveWeights():
             return f"{name} seq {operation.seq_id} of {operation.model_id}"
         case IdentifyModel() | UnloadModel() | Sample() | ReleaseForward():
             return f"{name} of {operation.model_id}"

@@ -16,6 +16,7 @@ from firesteel.sdk.errors import ClosedError, OperationError
 from firesteel.sdk.futures import APIFuture, Ledger
 from firesteel.sdk.operations import (
     Backward,
+    Examine,
     Forward,
     ForwardBackward,
     IdentifyModel,
@@ -25,6 +26,7 @@ from firesteel.sdk.operations import (
     Operation,
     OptimStep,
     OrderedOperation,
+    PlainAttention,
     ReleaseForward,
     Sample,
     SaveWeights,
@@ -34,6 +36,7 @@ from firesteel.sdk.operations import (
 from firesteel.sdk.transport import Transport
 from firesteel.sdk.types import (
     Datum,
+    Examined,
     FloatArray,
     ForwardBackwardOutput,
     OptimStepResponse,
@@ -42,6 +45,7 @@ from firesteel.sdk.types import (
     SaveWeightsResponse,
 )
 from firesteel.sdk.validation import check_adam_params, check_data, check_sampling
+from firesteel.sdk.verification import ExaminedPath, Verification, compare
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +124,8 @@ class TrainingClient:
         )
         output = forward.result()
         try:
-            gradient, metrics = _differentiate(loss_fn, passed, output)
+            logprobs = [values["logprobs"].to_numpy() for values in output.loss_fn_outputs]
+            gradient, metrics = _differentiate(loss_fn, passed, logprobs)
             if weighted_only:
                 _refuse_unscored(ours, gradient)
             return self._send(
@@ -130,6 +135,41 @@ class TrainingClient:
         except BaseException:
             self._submit(ReleaseForward(self.model_id, of))
             raise
+
+    def verify(
+        self, data: Iterable[Any], loss_fn: CustomLoss, *, weighted_only: bool = False
+    ) -> Verification:
+        """Compare what `forward_backward_custom` would compute with transformers' own forward, on this data.
+
+        Log-probabilities, loss, gradient norm and a random projection of the gradient. Changes nothing; refused
+        while a gradient waits for its `optim_step`. Costs three forwards and backwards, two of them plain, and
+        blocks until they are done.
+        """
+        passed = list(data)
+        ours = self._checked(_without_extras(passed), "cross_entropy", None, weighted_only)
+        ways: dict[str, PlainAttention | None] = {"fast": None, "eager": "eager", "sdpa": "sdpa"}
+        paths = {name: self._examine(passed, ours, loss_fn, way, weighted_only) for name, way in ways.items()}
+        return compare(paths, self.description.shape.dtype)
+
+    def _examine(
+        self,
+        passed: list[Any],
+        ours: tuple[Datum, ...],
+        loss_fn: CustomLoss,
+        attention: PlainAttention | None,
+        weighted_only: bool,
+    ) -> ExaminedPath:
+        def ask(slopes: tuple[FloatArray, ...] | None) -> Examined:
+            future: APIFuture[Examined] = self._send(
+                lambda seq: Examine(self.model_id, seq, ours, attention, slopes, weighted_only)
+            )
+            return future.result()
+
+        logprobs = ask(None).logprobs
+        slopes, metrics = _differentiate(loss_fn, passed, logprobs)
+        gradient = ask(slopes).gradient
+        assert gradient is not None
+        return ExaminedPath(logprobs, metrics["loss:sum"], slopes, gradient)
 
     def optim_step(self, adam_params: Any) -> APIFuture[OptimStepResponse]:
         """One AdamW step with these settings on the gradient added so far, which it clears."""
@@ -227,12 +267,12 @@ def _refuse_unscored(data: Sequence[Datum], gradient: Sequence[FloatArray]) -> N
 
 
 def _differentiate(
-    loss_fn: CustomLoss, data: list[Any], output: ForwardBackwardOutput
+    loss_fn: CustomLoss, data: list[Any], logprobs: Sequence[FloatArray]
 ) -> tuple[tuple[FloatArray, ...], dict[str, float]]:
     """Run a custom loss on leaf tensors and return dLoss/dlogprob per datum, and its metrics."""
     import torch
 
-    leaves = [torch.tensor(o["logprobs"].to_numpy(), requires_grad=True) for o in output.loss_fn_outputs]
+    leaves = [torch.tensor(values.astype(np.float32), requires_grad=True) for values in logprobs]
     with torch.enable_grad():  # whatever the caller has switched off around this
         returned = loss_fn(data, leaves)
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):

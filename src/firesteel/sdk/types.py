@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TensorDtype = Literal["float32", "int64"]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 # The dtype of plain Python lists, by the name under which they arrive (the Tinker API's rule).
@@ -292,6 +293,27 @@ class OptimStepResponse:
     """What an optimizer step reports, e.g. `grad_norm` before clipping."""
 
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GradientSketch:
+    """What is compared of a gradient that is too large to be sent."""
+
+    norm: float
+    projection: DoubleArray
+    """A random projection to few numbers, the same for every gradient: distances survive it."""
+
+    def distance(self, other: GradientSketch) -> float:
+        """Norm of the difference of the two gradients, within some 10 %."""
+        return float(np.linalg.norm(self.projection - other.projection))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Log-probabilities of one way to compute them, one array per datum, and its gradient if that was asked for."""
+
+    logprobs: tuple[FloatArray, ...]
+    gradient: GradientSketch | None
 
 
 @dataclass(frozen=True)

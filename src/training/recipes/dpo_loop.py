@@ -3,9 +3,10 @@
     loss = -log σ(β m),   m = (log π(chosen) - log ref(chosen)) - (log π(rejected) - log ref(rejected))
 
 averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. The
-run, top to bottom: read and render all rows (every bad row is known before a model is loaded), load policy
-and frozen reference, take the reference's log-probabilities once (from the cache where it has them), then
-per step one `forward_backward_custom` and one `optim_step`; export, evaluate on held-out pairs.
+run, top to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others
+an index is kept), load policy and frozen reference, take the reference's log-probabilities once (from the cache
+where it has them), then per step one `forward_backward_custom` and one `optim_step`, while the next rows are
+rendered; export, evaluate on held-out pairs.
 
 Not here: other losses, ranked lists, checkpoints and resume.
 """
@@ -25,13 +26,14 @@ from firesteel.sdk import AdamParams, NotBuiltYetError, ServiceClient
 from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
-from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
+from training.utils.losses import DpoObjective, make_dpo_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
-from training.utils.pairs import Rendering, render_pairs, write_row_outcomes
-from training.utils.preference_data import read_preferences
+from training.utils.pair_sets import select_pairs
+from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
-from training.utils.reference_pass import run_reference_pass
-from training.utils.rendering import Renderer, load_tokenizer
+from training.utils.reference_pass import ReferenceMode, References, open_references
+from training.utils.rendering import Renderer
+from training.utils.row_index import index_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs, Schedule
 from training.utils.service import build_service_client
@@ -96,6 +98,10 @@ class Config(Settings):
     """Of the row order, the adapter's start and the held-out split."""
     shuffle: bool = True
     """A new row order every epoch."""
+    reference_pass: ReferenceMode = "upfront"
+    """When the reference is asked: for all pairs before training, or `lazy`, for each batch as it comes up."""
+    verify: bool = False
+    """Before training, compare the first batch with transformers' own forward; a difference ends the run."""
     dcp_save_interval: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 = none."""
     trainer: TrainerConfig = TrainerConfig()
@@ -158,17 +164,20 @@ class RunSummary:
 def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
-    train_file = read_preferences(config.dataset, config.on_bad_row)
-    heldout_file = read_preferences(config.eval_dataset, config.on_bad_row) if config.eval_dataset else None
-    renderer = Renderer(load_tokenizer(config.tokenizer_model or config.base_model))
+    renderer = Renderer.load(config.tokenizer_model or config.base_model)
+    train_index = index_rows(config.dataset, renderer, config.on_bad_row, display.reading(config.dataset))
+    heldout_index = None
+    if config.eval_dataset:
+        reading = display.reading(config.eval_dataset)
+        heldout_index = index_rows(config.eval_dataset, renderer, config.on_bad_row, reading)
     for prompt in config.sample_prompts:
         renderer.question(prompt)  # refused now, not after the reference pass
     with build_service(config) as service:
         longest = service.longest_sequence()
-        rules = Rendering(config.max_seq_len or longest, config.truncate, config.on_bad_row)
-        train_rows = render_pairs(train_file, renderer, rules, config.max_pairs)
-        if heldout_file:
-            heldout_rows = render_pairs(heldout_file, renderer, rules)
+        rules = Rendering(config.max_seq_len or longest, config.truncate)
+        train_rows = select_pairs(train_index, renderer, rules, config.max_pairs)
+        if heldout_index:
+            heldout_rows = select_pairs(heldout_index, renderer, rules)
             split = Split(train_rows.pairs, heldout_rows.pairs)
         else:
             heldout_rows, split = None, split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
@@ -178,8 +187,8 @@ def main(config: Config) -> RunSummary:
             if previous:
                 display.say(f"{config.log_path} held an earlier run: moved to {previous}")
             for rows in filter(None, (train_rows, heldout_rows)):
-                write_row_outcomes(folder.bad_rows, rows.file.path, rows.dropped)
-                display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.dropped else ""))
+                write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
+                display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
             if split.overlap:
                 display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
             return train(Run(config, split, renderer, folder, metrics, display), service)
@@ -222,57 +231,59 @@ def build_service(config: Config) -> ServiceClient:
 
 def train(run: Run, service: ServiceClient) -> RunSummary:
     """Reference pass, evaluation, the loop, export, evaluation."""
-    config, split, epochs = run.config, run.split, run.epochs
+    config = run.config
     client = service.create_training_client(
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    reference = run_reference_pass(
-        (*split.train, *split.heldout), service, run.renderer, run.display, config.seed
-    )
-    references = reference.logprobs
-    train_references, heldout_references = references[: len(split.train)], references[len(split.train) :]
+    with open_references(service, run.renderer, config.reference_pass) as references:
+        if config.reference_pass == "upfront":
+            references.run_pass((run.split.train, run.split.heldout), run.display, config.seed)
+        if config.verify:
+            verify_first_batch(run, policy, references)
+        before = evaluate_heldout(run, policy, references, step=0)
+        answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
+        answers_before = answers.of(policy)
+        training_seconds = train_epochs(run, policy, references)
+        export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
+        run.display.say(f"exported: {export}")
+        steps = run.epochs.total_steps
+        after = evaluate_heldout(run, policy, references, steps)
+        if config.reference_pass == "lazy":
+            run.display.say(references.summary)
+        for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
+            run.display.say(line)
+        job_ids = service.trainer_job_id, references.job_id
+        return RunSummary(steps, before, after, export, *job_ids, references.seconds, training_seconds)
 
-    before = evaluate_heldout(run, policy, heldout_references, step=0)
-    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
-    answers_before = answers.of(policy)
-    started = time.monotonic()
-    with run.display.bar(Stage("training", config.epochs * len(split.train))) as bar:
-        for batch in epochs.batches():
-            metrics = train_step(run, policy, batch, train_references)
-            run.metrics.log(batch.step, metrics)
+
+def train_epochs(run: Run, policy: ReconnectableClient, references: References) -> float:
+    """All steps, the next rows being rendered meanwhile; returns the seconds they took."""
+    config, epochs, started = run.config, run.epochs, time.monotonic()
+    taken = run.split.train.taken_ahead(batch.rows for batch in epochs.batches())
+    with run.display.bar(Stage("training", config.epochs * len(run.split.train))) as bar:
+        for batch, rows in zip(epochs.batches(), taken, strict=True):
+            metrics = train_step(run, policy, batch, rows.pairs, references)
+            run.metrics.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics)
             bar.advance(len(batch.rows), int(metrics["train/step_tokens"]), line)
             last = batch.step == epochs.total_steps
             if config.eval_interval and batch.step % config.eval_interval == 0 and not last:
-                evaluate_heldout(run, policy, heldout_references, batch.step)
-        trained = f"{epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}"
-    training_seconds = time.monotonic() - started
-    run.display.say(f"trained: {trained}")
-    export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
-    run.display.say(f"exported: {export}")
-    after = evaluate_heldout(run, policy, heldout_references, epochs.total_steps)
-    for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
-        run.display.say(line)
-    return RunSummary(
-        epochs.total_steps,
-        before,
-        after,
-        export,
-        service.trainer_job_id,
-        reference.job_id,
-        reference.seconds,
-        training_seconds,
-    )
+                evaluate_heldout(run, policy, references, batch.step)
+        run.display.say(f"trained: {epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}")
+    return time.monotonic() - started
 
 
 def train_step(
-    run: Run, policy: ReconnectableClient, batch: Batch, references: Sequence[PairLogprobs]
+    run: Run,
+    policy: ReconnectableClient,
+    batch: Batch,
+    pairs: Sequence[PreferencePair],
+    references: References,
 ) -> dict[str, float]:
     """One forward, one backward, one AdamW step; the metrics of the batch before it."""
     config, started = run.config, time.monotonic()
-    pairs = [run.split.train[row] for row in batch.rows]
-    loss = make_dpo_loss(pairs, [references[row] for row in batch.rows], run.objective)
+    loss = make_dpo_loss(pairs, references.of(pairs), run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
     data = [datum for pair in pairs for datum in pair.datums]
     result = policy.forward_backward_custom(data, loss, weighted_only=True)
@@ -287,8 +298,20 @@ def train_step(
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
+def verify_first_batch(run: Run, policy: ReconnectableClient, references: References) -> None:
+    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`."""
+    first = next(run.epochs.batches())
+    pairs = run.split.train.take(first.rows)
+    loss = make_dpo_loss(pairs, references.of(pairs), run.objective)
+    data = [datum for pair in pairs for datum in pair.datums]
+    verification = policy.verify(data, loss, weighted_only=True)
+    for line in verification.lines:
+        run.display.say(line)
+    verification.refuse_disagreement()
+
+
 def evaluate_heldout(
-    run: Run, policy: ReconnectableClient, references: Sequence[PairLogprobs], step: int
+    run: Run, policy: ReconnectableClient, references: References, step: int
 ) -> dict[str, float]:
     """Metrics on the held-out pairs, logged and shown; empty without any."""
     if not run.split.heldout:

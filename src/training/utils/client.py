@@ -11,6 +11,7 @@ from firesteel.sdk import (
     SampleResponse,
     SaveWeightsResponse,
     TrainingClient,
+    Verification,
 )
 from firesteel.sdk.operations import LossName, ModelDescription, ModelIdentity
 
@@ -69,6 +70,10 @@ class ReconnectableClient:
         """See `TrainingClient.forward_backward_custom`."""
         future = self._client.forward_backward_custom(data, loss_fn, weighted_only=weighted_only)
         return future.result(self._timeout)
+
+    def verify(self, data: Iterable[Any], loss_fn: Any, *, weighted_only: bool = False) -> Verification:
+        """See `TrainingClient.verify`."""
+        return self._client.verify(data, loss_fn, weighted_only=weighted_only)
 
     def optim_step(self, adam_params: Any) -> OptimStepResponse:
         """See `TrainingClient.optim_step`."""

@@ -5,70 +5,75 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
 from firesteel.sdk import DataError, SamplingParams
+from firesteel.sdk.types import BoolArray
 from training.utils.client import ReconnectableClient
-from training.utils.losses import DpoObjective, PairLogprobs, preference_metrics, score_pairs
-from training.utils.pairs import PreferencePair
+from training.utils.losses import DpoObjective, PairScores, preference_metrics, score_pairs
+from training.utils.pair_sets import PairSet
+from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out pairs."""
+    """Training and held-out pairs; without any held out, that is a set of none."""
 
-    train: tuple[PreferencePair, ...]
-    heldout: tuple[PreferencePair, ...]
+    train: PairSet
+    heldout: PairSet
 
     @property
     def overlap(self) -> int:
         """Held-out pairs whose prompt is trained on: possible only if they come from a file of their own."""
-        trained = {pair.prompt for pair in self.train}
-        return sum(pair.prompt in trained for pair in self.heldout)
+        return int(np.isin(self.heldout.prompts, self.train.prompts).sum())
 
 
-def split_by_prompt(pairs: Sequence[PreferencePair], fraction: float, seed: int) -> Split:
-    """Hold out `fraction` of the pairs or a little more, whole prompts at a time, drawn by `seed`.
+def split_by_prompt(pairs: PairSet, fraction: float, seed: int) -> Split:
+    """Hold out some of the pairs of one file, see `drawn_by_prompt`."""
+    held = drawn_by_prompt(pairs.prompts, fraction, seed)
+    return Split(pairs.where(~held), pairs.where(held))
 
-    Both sides keep their order. Raises `DataError` where there is only one prompt.
+
+def drawn_by_prompt(prompts: np.ndarray[tuple[int], np.dtype[Any]], fraction: float, seed: int) -> BoolArray:
+    """Which of the pairs with these prompts are held out: `fraction` or a little more, whole prompts at a time.
+
+    Raises `DataError` where there is only one prompt.
     """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, pair in enumerate(pairs):
-        by_prompt.setdefault(pair.prompt, []).append(index)
-    groups = list(by_prompt.values())
-    held: set[int] = set()
-    if fraction and len(groups) < 2:
+    _, first, group_of = np.unique(prompts, return_index=True, return_inverse=True)
+    # Groups are numbered by where they first appear, whatever their hashes.
+    number = np.empty_like(first)
+    number[np.argsort(first)] = np.arange(len(first))
+    group_of = number[group_of]
+    if fraction and len(first) < 2:
         raise DataError(
             "eval_fraction: all pairs have one prompt, so none can be held out; give eval_dataset"
         )
     # The last group drawn stays in training, whatever the fraction.
-    for group in np.random.default_rng(seed).permutation(len(groups))[:-1]:
-        if len(held) >= fraction * len(pairs):
-            break
-        held.update(groups[group])
-    return Split(
-        tuple(pair for index, pair in enumerate(pairs) if index not in held),
-        tuple(pair for index, pair in enumerate(pairs) if index in held),
-    )
+    drawn = np.random.default_rng(seed).permutation(len(first))[:-1]
+    sizes = np.bincount(group_of, minlength=len(first))[drawn]
+    before = np.cumsum(sizes) - sizes
+    return np.isin(group_of, drawn[before < fraction * len(prompts)])
 
 
 def evaluate(
     policy: ReconnectableClient,
-    pairs: Sequence[PreferencePair],
-    references: Sequence[PairLogprobs],
+    pairs: PairSet,
+    references: References,
     objective: DpoObjective,
     batch_size: int = 16,
 ) -> dict[str, float]:
     """Metrics over held-out pairs, each pair counted once: independent of `batch_size`."""
-    logprobs = []
-    for start in range(0, len(pairs), batch_size):
-        data = [datum for pair in pairs[start : start + batch_size] for datum in pair.datums]
+    scores = []
+    for batch in pairs.blocks(batch_size):
+        data = [datum for pair in batch for datum in pair.datums]
         outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
-        logprobs += [output["logprobs"].to_torch() for output in outputs]
-    return preference_metrics(score_pairs(pairs, logprobs, references), objective)
+        logprobs = [output["logprobs"].to_torch() for output in outputs]
+        scores.append(score_pairs(batch, logprobs, references.of(batch)))
+    return preference_metrics(PairScores.joined(scores), objective)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
 from firesteel.sdk.errors import DataError
@@ -13,18 +19,79 @@ from training.utils.preference_examples import ExampleError
 from training.utils.row_values import Row, field_path, shown
 
 MAX_ROW_BYTES = 50_000_000
+_GZIP, _BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 
 
-def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number from 1. A line over the limit is cut just behind it."""
+@dataclass(frozen=True)
+class LocatedRow:
+    """One line that is not blank: its number from 1, where it starts, and its bytes."""
+
+    line: int
+    offset: int
+    """In bytes from the start of the (unpacked) file."""
+    raw: bytes
+
+
+def located_rows(path: str) -> Iterator[LocatedRow]:
+    """Each row of a file. One over the size limit is cut just behind it. Raises DataError for an unreadable file."""
+    with _explained(path), _open(path) as stream:
+        offset = 0
+        for line, (raw, length) in enumerate(_bounded_lines(stream), start=1):
+            row = raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw
+            if line == 1:
+                _refuse_foreign_file(path, row)
+            if row.strip():
+                yield LocatedRow(line, offset, row)
+            offset += length
+
+
+class RowsFile:
+    """Rows of one file by where they start. A gzipped file is unpacked into a temporary one first.
+
+    The file stays open: replaced by another of its name, it is still read as it was. Changed in place, it is
+    refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with _explained(path):
+            self._original = open(path, "rb")  # noqa: SIM115  # until `close`
+            self._stream: IO[bytes] = self._original
+            if self._original.peek(2)[:2] == _GZIP:
+                self._stream = tempfile.TemporaryFile()  # noqa: SIM115
+                with gzip.open(path, "rb") as packed:
+                    shutil.copyfileobj(packed, self._stream)
+            self._seen = self._state()
+
+    def row_at(self, offset: int) -> bytes:
+        """The row that starts there. Raises DataError if the file has changed since it was opened."""
+        with _explained(self._path):
+            if self._state() != self._seen:
+                raise DataError(f"{self._path}: the file was changed while it is trained on; start again")
+            self._stream.seek(offset)
+            raw = self._stream.readline(MAX_ROW_BYTES + 1)
+        return raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+        self._original.close()
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._original.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+def sha256_of_file(path: str) -> str:
+    """Of the bytes as they are on disk."""
+    with _explained(path), open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
     try:
-        with _open(path) as stream:
-            for line, raw in enumerate(_bounded_lines(stream), start=1):
-                row = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-                if line == 1:
-                    _refuse_foreign_file(path, row)
-                if row.strip():
-                    yield line, row
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -33,18 +100,19 @@ def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _open(path: str) -> IO[bytes]:
     stream = open(path, "rb")  # noqa: SIM115  # closed by the caller's `with`
-    if stream.peek(2)[:2] != b"\x1f\x8b":
+    if stream.peek(2)[:2] != _GZIP:
         return stream
     stream.close()
     return cast("IO[bytes]", gzip.open(path, "rb"))
 
 
-def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+def _bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Each line, and how many bytes it takes."""
     while raw := stream.readline(MAX_ROW_BYTES + 1):
-        rest = raw
+        rest, length = raw, len(raw)
         while not rest.endswith(b"\n") and (rest := stream.readline(MAX_ROW_BYTES)):
-            pass  # what is over the limit is read in pieces and forgotten
-        yield raw
+            length += len(rest)  # what is over the limit is read in pieces and forgotten
+        yield raw, length
 
 
 def _refuse_foreign_file(path: str, first_line: bytes) -> None:

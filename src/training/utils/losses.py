@@ -12,7 +12,7 @@ torch is imported inside the functions, so that reading a recipe's `Config` (for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from firesteel.sdk.types import FloatArray
@@ -48,6 +48,13 @@ class PairScores:
     chosen_tokens: torch.Tensor
     """Number of scored tokens."""
     rejected_tokens: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[PairScores]) -> PairScores:
+        """Those of all pairs of all parts, in order."""
+        import torch
+
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @property
     def delta_chosen(self) -> torch.Tensor:

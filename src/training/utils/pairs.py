@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ import numpy as np
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, FloatArray, ModelInput, TensorData
 from training.utils.preference_data import OnBadRow, PreferenceFile, refuse_rows
-from training.utils.preference_examples import ExampleError
+from training.utils.preference_examples import ExampleError, PreferenceExample
 from training.utils.rendering import RenderedPair, Renderer, Tokens, shared_length
 
 Truncate = Literal["drop", "response_end"]
@@ -92,6 +93,15 @@ class Rendering:
             raise ConfigError(f"truncate: {self.truncate!r} is neither 'drop' nor 'response_end'")
         _refuse_limit(self.max_seq_len)
 
+    def too_long(self, chosen: int, rejected: int) -> str:
+        """Which sides have more tokens than allowed, or nothing."""
+        over = [
+            f"{name} has {tokens} tokens"
+            for name, tokens in (("chosen", chosen), ("rejected", rejected))
+            if tokens > (self.max_seq_len or tokens)
+        ]
+        return f"{' and '.join(over)}, more than max_seq_len {self.max_seq_len}" if over else ""
+
 
 @dataclass(frozen=True)
 class RenderedPairs:
@@ -107,12 +117,36 @@ class RenderedPairs:
 
     @property
     def summary(self) -> str:
+        """See `RowCounts.summary`."""
+        counts = RowCounts(self.file.rows, Counter(row.outcome for row in self.dropped), self.not_used)
+        return counts.summary(self.file.path, self.file.format, len(self.pairs))
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows a file has, and what became of those that are no whole pair."""
+
+    rows: int
+    lost: Mapping[Outcome, int]
+    not_used: int
+    """Left over once `max_pairs` were found."""
+
+    def summary(self, path: str, form: str, pairs: int) -> str:
         """`pairs.jsonl: 592 rows of the form messages: 551 pairs; 3 dropped, 38 refused`."""
-        counts = Counter(row.outcome for row in self.dropped)
-        lost = [f"{count} {outcome}" for outcome, count in sorted(counts.items())]
-        lost += [f"{self.not_used} not used (max_pairs)"] if self.not_used else []
-        read = f"{self.file.path}: {self.file.rows} rows of the form {self.file.format}"
-        return f"{read}: {len(self.pairs)} pairs" + (f"; {', '.join(lost)}" if lost else "")
+        lost = [f"{count:,} {outcome}" for outcome, count in sorted(self.lost.items()) if count]
+        lost += [f"{self.not_used:,} not used (max_pairs)"] if self.not_used else []
+        read = f"{path}: {self.rows:,} rows of the form {form}"
+        return f"{read}: {pairs:,} pairs" + (f"; {', '.join(lost)}" if lost else "")
+
+    def nothing_left(self, path: str, outcomes: Iterable[RowOutcome]) -> DataError:
+        """The error of a file of which no pair is left, with the first reasons."""
+        counted = ", ".join(
+            f"{self.lost[kind]} {kind}" for kind in ("refused", "dropped") if self.lost.get(kind)
+        )
+        lost = sum(self.lost.values())
+        reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in islice(outcomes, REASONS_SHOWN))
+        more = f"\n  and {lost - REASONS_SHOWN} more" if lost > REASONS_SHOWN else ""
+        return DataError(f"{path}: no pair is left of {self.rows} rows: {counted}{reasons}{more}")
 
 
 def build_dpo_datums(
@@ -135,8 +169,8 @@ def build_dpo_datums(
         prompt_len, _token_ids("chosen", chosen_tokens), _token_ids("rejected", rejected_tokens)
     )
     _refuse_unusable(rendered)
-    too_long = _too_long(rendered, max_seq_len)
-    if max_seq_len is not None and too_long:
+    sides = len(rendered.chosen_tokens), len(rendered.rejected_tokens)
+    if max_seq_len is not None and (too_long := Rendering(max_seq_len).too_long(*sides)):
         if truncate is None:
             raise ExampleError("max_seq_len", f'{too_long}; cut responses with truncate="response_end"')
         rendered = _shortened(rendered, max_seq_len)
@@ -149,15 +183,14 @@ def render_pairs(
     rules: Rendering | None = None,
     max_pairs: int | None = None,
 ) -> RenderedPairs:
-    """The pairs of a file's examples, at most `max_pairs` of them.
+    """The pairs of a file's examples, at most `max_pairs` of them, all in memory (recipes: `pair_sets`).
 
     Rows in which a side is longer than the rules allow are dropped, or with ``truncate="response_end"``
     shortened at the end of the response. Examples that cannot be rendered are refused: all at once by an
     error (`"fail"`), or listed beside the reader's own bad rows (`"skip"`). Raises DataError if no pair is
     left.
     """
-    if max_pairs is not None and not (isinstance(max_pairs, Integral) and max_pairs >= 1):
-        raise ConfigError(f"max_pairs: {max_pairs!r} is not a number of pairs above 0")
+    refuse_max_pairs(max_pairs)
     rules = rules or Rendering()
     pairs: list[PreferencePair] = []
     refused: list[RowError] = []
@@ -168,22 +201,22 @@ def render_pairs(
             break
         used += 1
         try:
-            rendered = renderer.render(example)
-            _refuse_unusable(rendered)
+            rendered = render_usable(renderer, example)
         except ExampleError as error:
             refused.append(error.at(file.path, example.line))
             continue
         fitted, outcome = _fitted(rendered, rules, example.line)
         outcomes += [outcome] if outcome else []
-        pairs += [PreferencePair(*_datums(fitted), fitted.prompt_len, example.line)] if fitted else []
+        pairs += [pair_of(fitted, example.line)] if fitted else []
     if rules.on_bad_row == "fail":
-        refuse_rows(file.path, refused)
+        refuse_rows(file.path, refused, len(refused))
     outcomes += [
         RowOutcome(bad.line, "refused", f"{bad.field}: {bad.reason}") for bad in (*file.bad, *refused)
     ]
     outcomes.sort(key=lambda outcome: outcome.line)
     if not pairs:
-        raise DataError(_nothing_left(file, outcomes))
+        counts = RowCounts(file.rows, Counter(row.outcome for row in outcomes), 0)
+        raise counts.nothing_left(file.path, outcomes)
     return RenderedPairs(file, tuple(pairs), tuple(outcomes), len(file.examples) - used)
 
 
@@ -199,15 +232,42 @@ def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutc
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def refuse_max_pairs(max_pairs: int | None) -> None:
+    """Raise ConfigError for what is no number of pairs."""
+    if max_pairs is not None and not (isinstance(max_pairs, Integral) and max_pairs >= 1):
+        raise ConfigError(f"max_pairs: {max_pairs!r} is not a number of pairs above 0")
+
+
+def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedPair:
+    """The tokens of an example, whatever their number. Raises ExampleError where they are no pair."""
+    rendered = renderer.render(example)
+    _refuse_unusable(rendered)
+    return rendered
+
+
+def pair_of(rendered: RenderedPair, line: int) -> PreferencePair:
+    """The pair of a row whose tokens fit."""
+    return PreferencePair(*_datums(rendered), rendered.prompt_len, line)
+
+
 def _fitted(
     rendered: RenderedPair, rules: Rendering, line: int
 ) -> tuple[RenderedPair | None, RowOutcome | None]:
     """The pair as it fits the limit, or None; and what had to be done to it, if anything."""
-    too_long = _too_long(rendered, rules.max_seq_len)
-    if rules.max_seq_len is None or not too_long:
+    too_long = rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens))
+    if not too_long:
         return rendered, None
     if rules.truncate == "drop":
         return None, RowOutcome(line, "dropped", too_long)
+    return shortened_or_dropped(rendered, rules, line)
+
+
+def shortened_or_dropped(
+    rendered: RenderedPair, rules: Rendering, line: int
+) -> tuple[RenderedPair | None, RowOutcome]:
+    """A pair over the limit without the end of its responses, or None where that leaves no pair."""
+    too_long = rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens))
+    assert rules.max_seq_len is not None
     try:
         return _shortened(rendered, rules.max_seq_len), RowOutcome(line, "shortened", too_long)
     except ExampleError as error:
@@ -230,15 +290,6 @@ def _shortened(rendered: RenderedPair, max_seq_len: int) -> RenderedPair:
     except ExampleError as error:
         raise ExampleError(error.field, f"after shortening: {error.reason}") from None
     return cut
-
-
-def _too_long(rendered: RenderedPair, max_seq_len: int | None) -> str:
-    """Which sides have more tokens than allowed, or nothing."""
-    sides = {"chosen": len(rendered.chosen_tokens), "rejected": len(rendered.rejected_tokens)}
-    over = [
-        f"{name} has {tokens} tokens" for name, tokens in sides.items() if tokens > (max_seq_len or tokens)
-    ]
-    return f"{' and '.join(over)}, more than max_seq_len {max_seq_len}" if over else ""
 
 
 def _refuse_unusable(rendered: RenderedPair) -> None:
@@ -322,11 +373,3 @@ def _refuse_limit(max_seq_len: int | None) -> None:
         raise ConfigError(
             f"max_seq_len: {max_seq_len!r}; expected a whole number of tokens, at least 2 (prompt and response)"
         )
-
-
-def _nothing_left(file: PreferenceFile, outcomes: Sequence[RowOutcome]) -> str:
-    counts = {kind: sum(row.outcome == kind for row in outcomes) for kind in ("refused", "dropped")}
-    counted = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in outcomes[:REASONS_SHOWN])
-    more = f"\n  and {len(outcomes) - REASONS_SHOWN} more" if len(outcomes) > REASONS_SHOWN else ""
-    return f"{file.path}: no pair is left of {file.rows} rows: {counted}{reasons}{more}"

@@ -20,8 +20,8 @@ can show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -35,7 +35,7 @@ from training.utils.conversations import (
     refuse_what_messages_leave_out,
     split_conversations,
 )
-from training.utils.jsonl import numbered_rows, parse_row
+from training.utils.jsonl import located_rows, parse_row
 from training.utils.plain_texts import (
     read_text,
     read_whole_text,
@@ -72,72 +72,99 @@ class PreferenceFile:
     rows: int
 
 
+@dataclass
+class FormatTally:
+    """Which formats the rows of a file have: for each, how many rows, and the lines of the first few."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first_lines: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, name: str, line: int) -> None:
+        """Count one row."""
+        self.merge(FormatTally({name: 1}, {name: [line]}))
+
+    def merge(self, later: FormatTally) -> None:
+        """Count the rows that another tally has counted behind these."""
+        for name, count in later.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+            lines = [*self.first_lines.get(name, []), *later.first_lines[name]]
+            self.first_lines[name] = lines[:LINES_SHOWN]
+
+    def only(self, path: str) -> str:
+        """The one format of all rows. Raises DataError if there are several."""
+        if len(self.counts) > 1:
+            found = "; ".join(f"{name} in {self._lines_text(name)}" for name in self.counts)
+            raise DataError(
+                f"{path}: its rows are of {len(self.counts)} formats: {found}. Keep each in a file of its own."
+            )
+        (name,) = self.counts
+        return name
+
+    def _lines_text(self, name: str) -> str:
+        lines, count = self.first_lines[name], self.counts[name]
+        more = "" if count <= len(lines) else f" and {count - len(lines)} more"
+        return f"line {lines[0]}" if count == 1 else f"lines {', '.join(map(str, lines))}{more}"
+
+
+def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
+    """The format of one row and what it says. Raises ExampleError."""
+    row = parse_row(raw)
+    form = _format_of(row)
+    refuse_unread(row)
+    return form.name, form.read(row, line)
+
+
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> PreferenceFile:
-    """Read and check every row of a JSONL file (`.gz` or not).
+    """Read and check every row of a JSONL file (`.gz` or not), all of them into memory.
 
     Bad rows are left out and listed (`"skip"`), or refused all at once (`"fail"`): a `RowError` where there
     is one, a `DataError` that lists the first ten where there are more. Either way raises DataError for a
-    file that cannot be read, holds no usable row, or mixes formats.
+    file that cannot be read, holds no usable row, or mixes formats. Recipes read by `row_index` instead.
     """
     if on_bad_row not in ("fail", "skip"):
         raise ConfigError(f"on_bad_row: {on_bad_row!r} is neither 'fail' nor 'skip'")
     location = str(path)
     examples: list[PreferenceExample] = []
     bad: list[RowError] = []
-    lines_of_format: dict[str, list[int]] = {}
-    for line, raw in numbered_rows(location):
+    formats = FormatTally()
+    for row in located_rows(location):
         try:
-            row = parse_row(raw)
-            form = _format_of(row)
-            refuse_unread(row)
-            examples.append(form.read(row, line))
-            lines_of_format.setdefault(form.name, []).append(line)
+            name, example = read_row(row.raw, row.line)
         except ExampleError as error:
-            bad.append(error.at(location, line))
-    _refuse_mixed_formats(location, lines_of_format)
+            bad.append(error.at(location, row.line))
+        else:
+            examples.append(example)
+            formats.add(name, row.line)
+    name = formats.only(location) if examples else ""
     if on_bad_row == "fail":
-        refuse_rows(location, bad)
+        refuse_rows(location, bad, len(bad))
     if not examples:
-        _refuse_nothing_left(location, bad)
-    (name,) = lines_of_format
+        refuse_nothing_left(location, bad, len(bad))
     return PreferenceFile(location, name, tuple(examples), tuple(bad), len(examples) + len(bad))
 
 
-def refuse_rows(path: str, bad: Sequence[RowError]) -> None:
-    """Raise one error for all these rows of one file; return if there are none."""
-    if not bad:
+def refuse_rows(path: str, first: Sequence[RowError], count: int) -> None:
+    """Raise one error for the bad rows of one file, of which the first few are given; return if there are none."""
+    if not count:
         return
-    if len(bad) == 1:
-        raise bad[0]
-    more = "" if len(bad) <= ERRORS_SHOWN else f"\n  and {len(bad) - ERRORS_SHOWN} more"
-    listed = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
+    if count == 1:
+        raise first[0]
+    shown_rows = first[:ERRORS_SHOWN]
+    more = "" if count <= len(shown_rows) else f"\n  and {count - len(shown_rows)} more"
+    listed = "".join(f"\n  {error}" for error in shown_rows)
     raise DataError(
-        f"{path}: {len(bad)} rows cannot be used:{listed}{more}\n"
+        f"{path}: {count} rows cannot be used:{listed}{more}\n"
         'Mend or remove them, or leave them out with on_bad_row="skip".'
     )
 
 
-def _refuse_nothing_left(path: str, bad: Sequence[RowError]) -> NoReturn:
-    if not bad:
+def refuse_nothing_left(path: str, first: Sequence[RowError], count: int) -> NoReturn:
+    """Raise the error of a file without a usable row."""
+    if not count:
         shapes = " | ".join(form.shape for form in FORMATS)
         raise DataError(f"{path}: the file is empty; expected one JSON object per line, as one of {shapes}")
-    listed = "".join(f"\n  {error}" for error in bad[:ERRORS_SHOWN])
-    raise DataError(f"{path}: none of its {len(bad)} rows can be used:{listed}")
-
-
-def _refuse_mixed_formats(path: str, lines_of_format: Mapping[str, Sequence[int]]) -> None:
-    if len(lines_of_format) < 2:
-        return
-    found = "; ".join(f"{name} in {_lines_text(lines)}" for name, lines in lines_of_format.items())
-    raise DataError(
-        f"{path}: its rows are of {len(lines_of_format)} formats: {found}. Keep each in a file of its own."
-    )
-
-
-def _lines_text(lines: Sequence[int]) -> str:
-    numbers = ", ".join(str(line) for line in lines[:LINES_SHOWN])
-    more = "" if len(lines) <= LINES_SHOWN else f" and {len(lines) - LINES_SHOWN} more"
-    return f"line {numbers}" if len(lines) == 1 else f"lines {numbers}{more}"
+    listed = "".join(f"\n  {error}" for error in first[:ERRORS_SHOWN])
+    raise DataError(f"{path}: none of its {count} rows can be used:{listed}")
 
 
 def _read_messages(row: Row, line: int) -> ChatExample:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+SECONDS_BETWEEN_READINGS = 10
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -79,6 +81,18 @@ class Display:
     def say(self, line: str = "") -> None:
         """One line (above the bar, if there is one)."""
         self._console.print(line, markup=False)
+
+    def reading(self, path: str) -> Callable[[int, int], None]:
+        """Say now and then how far the reading of a file is, told its rows and bytes so far."""
+        said = time.monotonic()
+
+        def progress(rows: int, offset: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= SECONDS_BETWEEN_READINGS:
+                said = time.monotonic()
+                self.say(f"reading {path}: {rows:,} rows, {offset / 1e6:,.0f} MB")
+
+        return progress
 
     @contextmanager
     def bar(self, stage: Stage) -> Iterator[Bar]:

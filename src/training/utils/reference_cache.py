@@ -4,9 +4,9 @@ An entry's key is the hash of all that decides its values: the reference's weigh
 and template, the token ids and which of them are scored. Loss, β, learning rate and row order are not in
 it (values are per token). Each entry carries a checksum; a sample is recomputed whenever a run starts.
 
-Which rows are computed together changes the last bits of their values. So the pass works in fixed blocks in
-dataset order, a block is committed in one transaction, the first writer wins, and what a run uses is what
-it then reads back.
+Which rows are computed together changes the last bits of their values. So what is computed together follows
+from data and settings alone: fixed blocks in dataset order, or with a lazy pass the batches of the training steps.
+A block is committed in one transaction, the first writer wins, and what a run uses is what it then reads back.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import random
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +62,11 @@ class CacheStatistics:
     """Cached pairs that were recomputed to compare."""
     tokens: int
     """Tokens that the reference read."""
+
+    def __add__(self, other: CacheStatistics) -> CacheStatistics:
+        return CacheStatistics(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(CacheStatistics))
+        )
 
     @property
     def summary(self) -> str:
@@ -133,43 +138,55 @@ class ReferenceCache:
 
     def fill(
         self,
-        pairs: Sequence[PreferencePair],
+        blocks: Iterable[Sequence[PreferencePair]],
         reference: Reference,
         advance: Callable[[int], None] = lambda pairs: None,
         seed: int = 0,
-    ) -> tuple[list[PairLogprobs], CacheStatistics]:
-        """The reference log-probabilities of all pairs, in order; what is missing is computed and kept.
+    ) -> CacheStatistics:
+        """Have the reference compute what is missing, block by block, and compare a sample of what was there.
 
         `advance` is told how many pairs more are done. Raises `DataError` if a cached sample differs from
         what the reference computes now.
         """
-        with self._explained():
-            return self._fill(pairs, reference, advance, seed)
-
-    def _fill(
-        self,
-        pairs: Sequence[PreferencePair],
-        reference: Reference,
-        advance: Callable[[int], None],
-        seed: int,
-    ) -> tuple[list[PairLogprobs], CacheStatistics]:
-        found: list[PairLogprobs] = []
-        missing, damaged, tokens = 0, 0, 0
-        cached: list[PreferencePair] = []
-        for block in _blocks(pairs):
-            known = [self._read(pair) for pair in block]
-            complete = [values for values in known if values is not None]
-            cached += [pair for pair, values in zip(block, known, strict=True) if values is not None]
-            if len(complete) < len(block):
-                missing += len(block) - len(complete)
-                tokens += sum(pair.tokens for pair in block)
-                damaged += self._compute(block, reference)
-                complete = [self._read_back(pair) for pair in block]
-            found += complete
+        statistics, sample = _NOTHING, _Sample(PROBE_PAIRS, seed)
+        for block in blocks:
+            done, cached = self._complete(block, reference)
+            statistics += done
+            for pair in cached:
+                sample.offer(pair)
             advance(len(block))
-        probes = random.Random(seed).sample(cached, min(PROBE_PAIRS, len(cached)))
-        self._probe(probes, reference)
-        return found, CacheStatistics(len(pairs) - missing, missing, damaged, len(probes), tokens)
+        return statistics + self.probe(sample.kept, reference)
+
+    def complete(
+        self, block: Sequence[PreferencePair], reference: Reference, probes: int = 0
+    ) -> CacheStatistics:
+        """The same for one block; its first `probes` cached pairs are the sample."""
+        statistics, cached = self._complete(block, reference)
+        return statistics + self.probe(cached[:probes], reference)
+
+    def read(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
+        """The values of pairs that are there. Raises `DataError` for one that is not."""
+        with self._explained():
+            return [self._read_back(pair) for pair in pairs]
+
+    def probe(self, pairs: Sequence[PreferencePair], reference: Reference) -> CacheStatistics:
+        """Compare cached values with what the reference computes now. Raises `DataError` if they differ."""
+        with self._explained():
+            self._probe(pairs, reference)
+        return CacheStatistics(0, 0, 0, len(pairs), 0)
+
+    def _complete(
+        self, block: Sequence[PreferencePair], reference: Reference
+    ) -> tuple[CacheStatistics, list[PreferencePair]]:
+        """What was done, and the pairs that were there before."""
+        with self._explained():
+            cached = [pair for pair in block if self._read(pair) is not None]
+            missing = len(block) - len(cached)
+            if not missing:
+                return CacheStatistics(len(block), 0, 0, 0, 0), cached
+            damaged = self._compute(block, reference)
+        tokens = sum(pair.tokens for pair in block)
+        return CacheStatistics(len(cached), missing, damaged, 0, tokens), cached
 
     def close(self) -> None:
         """Close the file."""
@@ -249,6 +266,20 @@ def _scored(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     return mask
 
 
-def _blocks(pairs: Sequence[PreferencePair]) -> Iterator[Sequence[PreferencePair]]:
-    for start in range(0, len(pairs), BLOCK_PAIRS):
-        yield pairs[start : start + BLOCK_PAIRS]
+_NOTHING = CacheStatistics(0, 0, 0, 0, 0)
+
+
+class _Sample:
+    """A few of a stream of pairs, each with the same chance (reservoir sampling)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.kept: list[PreferencePair] = []
+        self._size, self._random, self._offered = size, random.Random(seed), 0
+
+    def offer(self, pair: PreferencePair) -> None:
+        """One more of the stream."""
+        self._offered += 1
+        if len(self.kept) < self._size:
+            self.kept.append(pair)
+        elif (place := self._random.randrange(self._offered)) < self._size:
+            self.kept[place] = pair

@@ -1,47 +1,70 @@
-"""The frozen reference's log-probabilities of all pairs, once, before training starts."""
+"""What the frozen reference says of pairs: asked once for all of them before training, or as they come up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from typing import Literal
 
 from firesteel.sdk import ServiceClient
 from firesteel.store import home
 from training.utils.client import ReconnectableClient
 from training.utils.losses import PairLogprobs
+from training.utils.pair_sets import PairSet
 from training.utils.pairs import PreferencePair
 from training.utils.progress import Display, Stage
-from training.utils.reference_cache import ReferenceCache
+from training.utils.reference_cache import BLOCK_PAIRS, PROBE_PAIRS, CacheStatistics, ReferenceCache
 from training.utils.rendering import Renderer
 
-
-@dataclass(frozen=True)
-class ReferencePass:
-    """What the reference says of each pair, in order, and what that cost."""
-
-    logprobs: list[PairLogprobs]
-    job_id: str | None
-    """None where the reference shared the policy's base."""
-    seconds: float
-    """From the cache or computed; the load of a separate reference is not in it."""
+ReferenceMode = Literal["upfront", "lazy"]
 
 
-def run_reference_pass(
-    pairs: Sequence[PreferencePair], service: ServiceClient, renderer: Renderer, display: Display, seed: int
-) -> ReferencePass:
-    """Ask the reference for all pairs, most of them perhaps in the cache of earlier runs, and release it."""
-    reference = ReconnectableClient.from_training_client(service.create_reference_client())
-    path = home() / "reference_cache.sqlite"
-    started = time.monotonic()
-    with (
-        closing(ReferenceCache(path, reference.identify(), renderer.identity)) as cache,
-        display.bar(Stage("reference", len(pairs), seconds_between_lines=10)) as bar,
-    ):
-        logprobs, statistics = cache.fill(pairs, reference, bar.advance, seed)
-    seconds = time.monotonic() - started
-    display.say(f"reference: {statistics.summary} in {seconds:.1f} s")
-    job_id = service.reference_trainer_job_id
-    service.release_references()
-    return ReferencePass(logprobs, job_id, seconds)
+class References:
+    """The reference's log-probabilities, most of them perhaps in the cache of earlier runs."""
+
+    def __init__(self, service: ServiceClient, renderer: Renderer, mode: ReferenceMode) -> None:
+        self.mode = mode
+        self.statistics = CacheStatistics(0, 0, 0, 0, 0)
+        self.seconds = 0.0
+        """For what was computed or looked up; the load of a separate reference is not in it."""
+        self._service = service
+        self._client = ReconnectableClient.from_training_client(service.create_reference_client())
+        self.job_id = service.reference_trainer_job_id
+        """None where the reference shares the policy's base."""
+        path = home() / "reference_cache.sqlite"
+        self._cache = ReferenceCache(path, self._client.identify(), renderer.identity)
+
+    def run_pass(self, sets: Sequence[PairSet], display: Display, seed: int) -> None:
+        """Upfront: complete the cache, all pairs in blocks in the order of their files, and let the reference go."""
+        started = time.monotonic()
+        stage = Stage("reference", sum(map(len, sets)), seconds_between_lines=10)
+        with display.bar(stage) as bar:
+            blocks = (block for pairs in sets for block in pairs.blocks(BLOCK_PAIRS))
+            self.statistics = self._cache.fill(blocks, self._client, bar.advance, seed)
+        self.seconds = time.monotonic() - started
+        display.say(self.summary)
+        self._service.release_references()
+
+    def of(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
+        """The values of these pairs, in order. Lazy: what is missing is computed, all of these pairs together."""
+        if self.mode == "lazy":
+            started = time.monotonic()
+            probes = PROBE_PAIRS - self.statistics.probed
+            self.statistics += self._cache.complete(pairs, self._client, max(probes, 0))
+            self.seconds += time.monotonic() - started
+        return self._cache.read(pairs)
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return f"reference: {self.statistics.summary} in {self.seconds:.1f} s"
+
+    def close(self) -> None:
+        """Close the cache."""
+        self._cache.close()
+
+
+def open_references(service: ServiceClient, renderer: Renderer, mode: ReferenceMode) -> closing[References]:
+    """To be used in a `with` statement, after the policy was created."""
+    return closing(References(service, renderer, mode))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,19 +265,29 @@ class Renderer:
 
     Raises ModelError at the first example that needs what the tokenizer lacks (a chat template that ends the
     assistant's turns, an end-of-sequence token), and RenderError for an example that cannot be expressed.
+    Threads may share one: tokenizers may not be used by two at once, so they take turns.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+        """`source` is what `load_tokenizer` loads this tokenizer by, for workers that need one of their own."""
         self.tokenizer = tokenizer
+        self.source = source
         self._template = _ChatTemplate(tokenizer)
+        self._one_at_a_time = threading.RLock()
+
+    @classmethod
+    def load(cls, source: str) -> Renderer:
+        """On the tokenizer that `load_tokenizer` loads."""
+        return cls(load_tokenizer(source), source)
 
     def render(self, example: PreferenceExample) -> RenderedPair:
         """Tokens and masks of both sides."""
-        if isinstance(example, ChatExample):
-            return self._render_chat(example)
-        if isinstance(example, PlainExample):
-            return self._render_plain(example)
-        return self._render_text(example)
+        with self._one_at_a_time:
+            if isinstance(example, ChatExample):
+                return self._render_chat(example)
+            if isinstance(example, PlainExample):
+                return self._render_plain(example)
+            return self._render_text(example)
 
     @cached_property
     def identity(self) -> str:
@@ -290,13 +301,15 @@ class Renderer:
 
     def question(self, text: str) -> Tokens:
         """A user message, rendered up to where the assistant answers."""
-        opening = self._template.frame.opening  # first: it says what a tokenizer lacks
-        return self._template.ids(({"role": "user", "content": text},), None, header=True) + opening
+        with self._one_at_a_time:
+            opening = self._template.frame.opening  # first: it says what a tokenizer lacks
+            return self._template.ids(({"role": "user", "content": text},), None, header=True) + opening
 
     def answer_text(self, tokens: Sequence[int]) -> str:
         """What the assistant said, without the end of its turn."""
         said = tokens[:-1] if tokens and tokens[-1] == self.end_of_turn else tokens
-        return str(self.tokenizer.decode(list(said)))
+        with self._one_at_a_time:
+            return str(self.tokenizer.decode(list(said)))
 
     def _render_chat(self, example: ChatExample) -> RenderedPair:
         opening = self._template.frame.opening

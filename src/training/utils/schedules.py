@@ -102,7 +102,7 @@ class Epochs:
         """All batches in order."""
         step = 0
         for epoch in range(self.epochs):
-            order = epoch_order(self.count, self.seed, epoch, self.shuffle).tolist()
+            order = epoch_order(self.count, self.seed, epoch, self.shuffle)
             for start in range(0, self.count, self.batch_size):
                 step += 1
-                yield Batch(step, epoch + 1, tuple(order[start : start + self.batch_size]))
+                yield Batch(step, epoch + 1, tuple(order[start : start + self.batch_size].tolist()))

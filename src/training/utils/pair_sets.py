@@ -1,0 +1,202 @@
+"""The pairs of a file that are trained on or held out: 32 bytes each until they are asked for, then rendered.
+
+A set knows lengths and prompts of its pairs and reads a row's text only when its turn comes, in a thread that runs
+ahead of the trainer. `pairs.render_pairs` gives the same pairs all at once, in memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from firesteel.sdk.errors import DataError
+from firesteel.sdk.types import BoolArray, IntArray
+from training.utils.jsonl import RowsFile
+from training.utils.pairs import (
+    PreferencePair,
+    Rendering,
+    RowCounts,
+    RowOutcome,
+    pair_of,
+    refuse_max_pairs,
+    render_usable,
+    shortened_or_dropped,
+)
+from training.utils.preference_data import read_row
+from training.utils.rendering import RenderedPair, Renderer
+from training.utils.row_index import RowIndex
+
+BATCHES_AHEAD = 4
+
+
+class PairSource:
+    """The rows of one file, rendered by the place they have in its index."""
+
+    def __init__(self, index: RowIndex, renderer: Renderer, rules: Rendering) -> None:
+        self.index = index
+        self.rules = rules
+        self._renderer = renderer
+        self._file = RowsFile(index.path)
+
+    def pair(self, place: int) -> PreferencePair:
+        """Raises DataError if the row is not what it was when the index was made."""
+        rendered, line = self._rendered(place), int(self.index.rows["line"][place])
+        if self.rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens)):
+            fitted, _ = shortened_or_dropped(rendered, self.rules, line)
+            assert fitted is not None, "rows that cannot be shortened are in no set"
+            rendered = fitted
+        return pair_of(rendered, line)
+
+    def shortened(self, place: int) -> RowOutcome:
+        """What comes of a row over the limit whose responses may be cut."""
+        return shortened_or_dropped(self._rendered(place), self.rules, int(self.index.rows["line"][place]))[1]
+
+    def dropped(self, place: int) -> RowOutcome:
+        """What is said of a row over the limit that may not be cut."""
+        row = self.index.rows[place]
+        too_long = self.rules.too_long(int(row["chosen"]), int(row["rejected"]))
+        return RowOutcome(int(row["line"]), "dropped", too_long)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _rendered(self, place: int) -> RenderedPair:
+        row = self.index.rows[place]
+        rendered = render_usable(
+            self._renderer, read_row(self._file.row_at(int(row["offset"])), int(row["line"]))[1]
+        )
+        lengths = rendered.prompt_len, len(rendered.chosen_tokens), len(rendered.rejected_tokens)
+        if lengths != (row["prompt_len"], row["chosen"], row["rejected"]):
+            raise DataError(
+                f"{self.index.path}:{row['line']}: the row is another one than when it was checked"
+            )
+        return rendered
+
+
+@dataclass(frozen=True, eq=False)
+class PairSet:
+    """Some pairs of a source, in order."""
+
+    source: PairSource
+    places: IntArray
+    """In the source's index."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def prompts(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """For each pair, a hash of its prompt."""
+        prompts: np.ndarray[tuple[int], np.dtype[np.uint64]] = self.source.index.rows["prompt"][self.places]
+        return prompts
+
+    def where(self, chosen: BoolArray) -> PairSet:
+        """Those of the pairs."""
+        return replace(self, places=self.places[chosen])
+
+    def take(self, numbers: Iterable[int]) -> list[PreferencePair]:
+        """The pairs with these numbers, from 0."""
+        return [self.source.pair(int(self.places[number])) for number in numbers]
+
+    def blocks(self, size: int) -> Iterator[list[PreferencePair]]:
+        """All pairs in order, so many at a time, rendered ahead."""
+        starts = range(0, len(self), size)
+        numbers = (range(start, min(start + size, len(self))) for start in starts)
+        return (taken.pairs for taken in self.taken_ahead(numbers))
+
+    def taken_ahead(self, batches: Iterable[Sequence[int]]) -> Iterator[TakenBatch]:
+        """The pairs of each batch, rendered by a thread while the batches before it are worked on."""
+        pending: deque[Future[list[PreferencePair]]] = deque()
+        numbers = iter(batches)
+        with ThreadPoolExecutor(1, "rows") as thread:
+            try:
+                for batch in numbers:
+                    pending.append(thread.submit(self.take, batch))
+                    if len(pending) > BATCHES_AHEAD:
+                        yield _waited_for(pending.popleft())
+                while pending:
+                    yield _waited_for(pending.popleft())
+            finally:
+                thread.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class TakenBatch:
+    """The pairs of a batch, and the seconds that were spent waiting for them."""
+
+    pairs: list[PreferencePair]
+    waited: float
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedPairs:
+    """The usable pairs of a file, and what became of all its other rows."""
+
+    pairs: PairSet
+    counts: RowCounts
+    _places_dropped: IntArray
+    _shortening: tuple[RowOutcome, ...]
+
+    @property
+    def path(self) -> str:
+        """Of the data file."""
+        return self.pairs.source.index.path
+
+    @property
+    def summary(self) -> str:
+        """See `RowCounts.summary`."""
+        return self.counts.summary(self.path, self.pairs.source.index.format, len(self.pairs))
+
+    @property
+    def lost(self) -> int:
+        """Rows that were refused, dropped or shortened."""
+        return sum(self.counts.lost.values())
+
+    def outcomes(self) -> Iterator[RowOutcome]:
+        """Every row that was refused, dropped or shortened, by line; made one at a time."""
+        source = self.pairs.source
+        refused = (
+            RowOutcome(row.line, "refused", f"{row.field}: {row.reason}") for row in source.index.refused()
+        )
+        dropped = (source.dropped(int(place)) for place in self._places_dropped)
+        return heapq.merge(refused, dropped, self._shortening, key=lambda outcome: outcome.line)
+
+
+def select_pairs(
+    index: RowIndex, renderer: Renderer, rules: Rendering, max_pairs: int | None = None
+) -> SelectedPairs:
+    """The first `max_pairs` pairs that the rules allow. Raises DataError if there is none."""
+    refuse_max_pairs(max_pairs)
+    source = PairSource(index, renderer, rules)
+    limit = rules.max_seq_len or np.iinfo(np.int64).max
+    over = np.maximum(index.rows["chosen"], index.rows["rejected"]) > limit
+    usable, shortening = ~over, []
+    if rules.truncate == "response_end":
+        for place in np.flatnonzero(over):
+            shortening.append(source.shortened(int(place)))
+            usable[place] = shortening[-1].outcome == "shortened"
+    places = np.flatnonzero(usable)[:max_pairs]
+    # What lies behind the last pair that is used is not used, whatever it is.
+    end = int(places[-1]) + 1 if len(places) == max_pairs else len(index.rows)
+    last_line = int(index.rows["line"][end - 1]) if end else 0
+    kept = tuple(outcome for outcome in shortening if outcome.line <= last_line)
+    dropped = np.flatnonzero(over[:end]) if rules.truncate == "drop" else np.empty(0, np.int64)
+    lost = Counter(outcome.outcome for outcome in kept)
+    lost.update(dropped=len(dropped), refused=index.refused_count)
+    counts = RowCounts(index.total, lost, len(index.rows) - end)
+    selected = SelectedPairs(PairSet(source, places), counts, dropped, kept)
+    if not len(places):
+        raise counts.nothing_left(index.path, selected.outcomes())
+    return selected
+
+
+def _waited_for(batch: Future[list[PreferencePair]]) -> TakenBatch:
+    started = time.monotonic()
+    return TakenBatch(batch.result(), time.monotonic() - started)

@@ -1,0 +1,221 @@
+"""Where each usable row of a file stands and how long it is: made in one pass, kept for later runs.
+
+    $FIRESTEEL_HOME/row_indexes/KEY/
+        rows.npy        32 bytes for each row that makes a pair (`row_check.ROW`)
+        refused.jsonl   line, field and reason of each that makes none
+        index.json      counts, and the hashes of the other two: written last
+
+KEY is a hash of all that decides the content: the file's bytes, tokenizer and chat template, and the code that
+reads and renders rows. Limits (`max_seq_len`) are not in it: lengths are whole, rules apply to them later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from firesteel.sdk.errors import ConfigError, DataError, RowError
+from firesteel.store import home
+from training.utils.jsonl import LocatedRow, located_rows, sha256_of_file
+from training.utils.preference_data import (
+    ERRORS_SHOWN,
+    FormatTally,
+    OnBadRow,
+    refuse_nothing_left,
+    refuse_rows,
+)
+from training.utils.rendering import Renderer
+from training.utils.row_check import ROW, CheckedRows, RefusedRow, RowArray, check_rows
+from training.utils.row_workers import RowWorkers
+
+CHUNK_ROWS = 512
+# Starting a worker takes seconds: smaller files are read here.
+BYTES_WORTH_WORKERS = 8_000_000
+_CODE = ("jsonl", "row_values", "conversations", "plain_texts", "preference_examples", "preference_data")
+_RENDERING = ("rendering", "pairs", "row_check")
+_PACKAGES = ("transformers", "tokenizers", "jinja2")
+_STALE_SECONDS = 24 * 3600
+
+# Told so many rows, and the bytes of the file that they take.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """`index.json`."""
+
+    sha256: str
+    """Of the data file."""
+    usable: int
+    refused: int
+    formats: FormatTally
+    rows_sha256: str
+    refused_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class RowIndex:
+    """A file whose rows are known, of one format, at least one of them usable."""
+
+    path: str
+    sha256: str
+    format: str
+    rows: RowArray
+    """Mapped from the file, not read into memory."""
+    refused_count: int
+    folder: Path
+
+    @property
+    def total(self) -> int:
+        """Rows of the file."""
+        return len(self.rows) + self.refused_count
+
+    def refused(self) -> Iterator[RefusedRow]:
+        """Each row that makes no pair, in order."""
+        return _refused(self.folder)
+
+
+def index_rows(
+    path: str,
+    renderer: Renderer,
+    on_bad_row: OnBadRow = "fail",
+    progress: Progress = lambda rows, offset: None,
+) -> RowIndex:
+    """The index of a file, from an earlier run or made now.
+
+    Bad rows are left out and listed (`"skip"`), or refused all at once (`"fail"`). Either way raises DataError for
+    a file that cannot be read, holds no usable row, or mixes formats.
+    """
+    if on_bad_row not in ("fail", "skip"):
+        raise ConfigError(f"on_bad_row: {on_bad_row!r} is neither 'fail' nor 'skip'")
+    sha256 = sha256_of_file(path)
+    folder = home() / "row_indexes" / _key(sha256, renderer)
+    header = _read(folder)
+    if header is None:
+        header = _make(path, sha256, renderer, folder, progress)
+    first = [
+        RowError(path, row.line, row.field, row.reason) for row in islice(_refused(folder), ERRORS_SHOWN)
+    ]
+    form = header.formats.only(path) if header.formats.counts else ""
+    if on_bad_row == "fail":
+        refuse_rows(path, first, header.refused)
+    if not header.usable:
+        refuse_nothing_left(path, first, header.refused)
+    return RowIndex(path, sha256, form, np.load(folder / "rows.npy", mmap_mode="r"), header.refused, folder)
+
+
+def _refused(folder: Path) -> Iterator[RefusedRow]:
+    with (folder / "refused.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            yield RefusedRow(**json.loads(line))
+
+
+def _key(sha256: str, renderer: Renderer) -> str:
+    digest = hashlib.sha256(f"{sha256} {renderer.identity} {ROW.descr}".encode())
+    package = __name__.rpartition(".")[0]
+    for name in (*_CODE, *_RENDERING):
+        digest.update(inspect.getsource(sys.modules[f"{package}.{name}"]).encode())
+    for name in _PACKAGES:
+        digest.update(importlib.metadata.version(name).encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(folder: Path) -> IndexHeader | None:
+    """What an earlier run has kept; None where there is nothing, or not what was written."""
+    try:
+        content = json.loads((folder / "index.json").read_text())
+        header = IndexHeader(**content | {"formats": FormatTally(**content["formats"])})
+        found = [sha256_of_file(str(folder / name)) for name in ("rows.npy", "refused.jsonl")]
+    except (OSError, ValueError, TypeError, KeyError, DataError):
+        return None
+    return header if found == [header.rows_sha256, header.refused_sha256] else None
+
+
+def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Progress) -> IndexHeader:
+    """Written aside, synced, renamed: what is there is whole. Of two makers the last wins; both wrote the same."""
+    partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        _sweep(folder.parent)
+        header = _write(partial, _checked(path, renderer, progress), sha256)
+        if sha256_of_file(path) != sha256:
+            raise DataError(f"{path}: the file was changed while it was read; start again")
+        if folder.exists():
+            folder.rename(partial.with_name(f"{partial.name}-damaged"))
+        partial.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"row index {folder}: {error}; set FIRESTEEL_HOME to a writable folder with room"
+        ) from error
+    finally:
+        for leftover in folder.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return header
+
+
+def _checked(path: str, renderer: Renderer, progress: Progress) -> Iterator[CheckedRows]:
+    count = min(os.cpu_count() or 1, 8)
+    if renderer.source is None or count == 1 or os.path.getsize(path) < BYTES_WORTH_WORKERS:
+        for chunk in _chunks(path, progress):
+            yield check_rows(chunk, renderer)
+        return
+    with closing(RowWorkers(renderer, count)) as workers:
+        yield from workers.check(_chunks(path, progress))
+
+
+def _chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
+    rows, done = located_rows(path), 0
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        done += len(chunk)
+        yield chunk
+        progress(done, chunk[-1].offset)
+
+
+def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHeader:
+    formats, refused, usable = FormatTally(), 0, 0
+    raw, listing = folder / "rows.raw", folder / "refused.jsonl"
+    with raw.open("wb") as rows, listing.open("w", encoding="utf-8") as bad:
+        for part in checked:
+            rows.write(part.usable.tobytes())
+            bad.writelines(json.dumps(asdict(row)) + "\n" for row in part.refused)
+            formats.merge(part.formats)
+            refused, usable = refused + len(part.refused), usable + len(part.usable)
+    # As a map: a million rows need not pass through memory.
+    np.save(folder / "rows.npy", np.memmap(raw, dtype=ROW, mode="r") if usable else np.empty(0, ROW))
+    raw.unlink()
+    hashes = [sha256_of_file(str(folder / name)) for name in ("rows.npy", "refused.jsonl")]
+    header = IndexHeader(sha256, usable, refused, formats, *hashes)
+    (folder / "index.json").write_text(json.dumps(asdict(header)))
+    for name in ("rows.npy", "refused.jsonl", "index.json", "."):
+        _sync(folder / name)
+    return header
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(parent: Path) -> None:
+    """What a killed run has left half made."""
+    for leftover in parent.glob(".partial-*"):
+        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
