@@ -15,7 +15,7 @@ from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBui
 from training.recipes.dpo_loop import Config, RunSummary, main
 from training.utils.evaluation import Answers
 
-TIMED = {"train/step_time_sec", "train/tokens_per_sec"}
+TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> str:

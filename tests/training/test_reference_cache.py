@@ -76,9 +76,18 @@ class Setting:
         )
         cache = ReferenceCache(self.path, identity, changed.get("tokenizer", "tokenizer"))
         try:
-            return cache.fill(self.pairs if pairs is None else pairs, self.reference)
+            return filled(cache, self.pairs if pairs is None else pairs, self.reference)
         finally:
             cache.close()
+
+
+def filled(
+    cache: ReferenceCache, pairs: Sequence[PreferencePair], reference: CountingReference
+) -> tuple[list[PairLogprobs], CacheStatistics]:
+    """All pairs in blocks, in order, and what the cache then says of them."""
+    blocks = (pairs[start : start + BLOCK_PAIRS] for start in range(0, len(pairs), BLOCK_PAIRS))
+    statistics = cache.fill(blocks, reference)
+    return cache.read(pairs), statistics
 
 
 def make_pair(index: int, response: int = 4) -> PreferencePair:
@@ -338,10 +347,34 @@ def test_of_two_writers_the_first_wins_and_both_use_its_values(setting: Setting)
     one = ReferenceCache(setting.path, setting.identity, "tokenizer")
     other = ReferenceCache(setting.path, setting.identity, "tokenizer")
     # The same pair in blocks of different composition: the last bits may differ, what is used may not.
-    first, _ = one.fill(setting.pairs[:BLOCK_PAIRS], setting.reference)
+    first, _ = filled(one, setting.pairs[:BLOCK_PAIRS], setting.reference)
     setting.reference.drift = 1e-5
-    second, _ = other.fill([*setting.pairs[5:BLOCK_PAIRS], *setting.pairs[-3:]], setting.reference)
+    second, _ = filled(other, [*setting.pairs[5:BLOCK_PAIRS], *setting.pairs[-3:]], setting.reference)
     assert same(second[: BLOCK_PAIRS - 5], first[5:])
-    assert same(one.fill(setting.pairs[:BLOCK_PAIRS], setting.reference)[0], first)
+    assert same(filled(one, setting.pairs[:BLOCK_PAIRS], setting.reference)[0], first)
     one.close()
     other.close()
+
+
+def test_one_batch_at_a_time_gives_what_is_missing_and_checks_some_of_what_is_there(setting: Setting) -> None:
+    cache = ReferenceCache(setting.path, setting.identity, "tokenizer")
+    batches = [setting.pairs[start : start + 3] for start in range(0, 9, 3)]
+    for batch in batches:
+        assert cache.complete(batch, setting.reference).computed == 3
+    values = cache.read(setting.pairs[:9])
+    setting.reference.sequences = 0
+    again = cache.complete(batches[1], setting.reference, probes=2)
+    assert (again.hits, again.computed, again.probed) == (3, 0, 2)
+    assert setting.reference.sequences == 2 * 2
+    assert same(cache.read(setting.pairs[:9]), values)
+    setting.reference.drift = 0.5
+    with pytest.raises(DataError, match=r"differs by 0\.5"):
+        cache.complete(batches[2], setting.reference, probes=1)
+    cache.close()
+
+
+def test_pairs_that_nobody_asked_the_reference_about_are_not_there(setting: Setting) -> None:
+    cache = ReferenceCache(setting.path, setting.identity, "tokenizer")
+    with pytest.raises(DataError, match="vanished"):
+        cache.read(setting.pairs[:1])
+    cache.close()

@@ -29,7 +29,7 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
     """A function whose signature, which typer reads, has one option per field of `config`."""
     paths = dict(_fields(config))
 
-    def command(config_file: Path | None, set_: list[str], **flags: str | None) -> None:
+    def command(config_file: Path | None, set_: list[str], **flags: str | bool | None) -> None:
         values = _read_file(config_file) if config_file else {}
         for assignment in set_:
             path, equals, text = assignment.partition("=")
@@ -38,7 +38,8 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
             _assign(values, path.strip().split("."), _value(text))
         for name, given in flags.items():
             if given is not None:
-                _assign(values, paths[name].split("."), _value(given))
+                value = given if isinstance(given, bool) else _value(given)
+                _assign(values, paths[name].split("."), value)
         main(config(**values))
 
     file = typer.Argument(None, metavar="[CONFIG.yaml]", help="Settings as YAML.", show_default=False)
@@ -49,7 +50,8 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
         inspect.Parameter("set_", kind, default=assignments, annotation=list[str]),
     ]
     for name, path in paths.items():
-        parameters.append(inspect.Parameter(name, kind, default=_option(config, path), annotation=str | None))
+        option, annotation = _option(config, path)
+        parameters.append(inspect.Parameter(name, kind, default=option, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
@@ -64,7 +66,8 @@ def _fields(config: type[Settings], prefix: str = "") -> Iterator[tuple[str, str
             yield path.replace(".", "__"), path
 
 
-def _option(config: type[Settings], path: str) -> Any:
+def _option(config: type[Settings], path: str) -> tuple[Any, Any]:
+    """A setting's flag and the type of its value: a switch for yes or no, else text that the schema converts."""
     *groups, name = path.split(".")
     for group in groups:
         nested = config.model_fields[group].annotation
@@ -72,10 +75,12 @@ def _option(config: type[Settings], path: str) -> Any:
         config = nested
     field = config.model_fields[name]
     default = "required" if field.is_required() else f"default {field.default!r}"
-    flag = "--" + path.replace("_", "-")
-    return typer.Option(
-        None, flag, metavar="VALUE", help=f"{field.description} [{default}]", show_default=False
-    )
+    name = path.replace("_", "-")
+    described = f"{field.description} [{default}]"
+    if field.annotation is bool:
+        return typer.Option(None, f"--{name}/--no-{name}", help=described, show_default=False), bool | None
+    option = typer.Option(None, f"--{name}", metavar="VALUE", help=described, show_default=False)
+    return option, str | None
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.losses import DpoObjective, make_dpo_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
-from training.utils.pair_sets import select_pairs
+from training.utils.pair_sets import PairSet, select_pairs
 from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
 from training.utils.reference_pass import ReferenceMode, References, open_references
@@ -165,33 +165,39 @@ def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
     renderer = Renderer.load(config.tokenizer_model or config.base_model)
-    train_index = index_rows(config.dataset, renderer, config.on_bad_row, display.reading(config.dataset))
-    heldout_index = None
-    if config.eval_dataset:
-        reading = display.reading(config.eval_dataset)
-        heldout_index = index_rows(config.eval_dataset, renderer, config.on_bad_row, reading)
+    files = [path for path in (config.dataset, config.eval_dataset) if path]
+    indexes = [index_rows(path, renderer, config.on_bad_row, display.reading(path)) for path in files]
     for prompt in config.sample_prompts:
         renderer.question(prompt)  # refused now, not after the reference pass
-    with build_service(config) as service:
+    with build_service(config) as service, ExitStack() as stack:
         longest = service.longest_sequence()
         rules = Rendering(config.max_seq_len or longest, config.truncate)
-        train_rows = select_pairs(train_index, renderer, rules, config.max_pairs)
-        if heldout_index:
-            heldout_rows = select_pairs(heldout_index, renderer, rules)
-            split = Split(train_rows.pairs, heldout_rows.pairs)
-        else:
-            heldout_rows, split = None, split_by_prompt(train_rows.pairs, config.eval_fraction, config.seed)
-
+        limits = (config.max_pairs, None)  # held-out pairs are all used
+        selections = [
+            stack.enter_context(closing(select_pairs(index, renderer, rules, most)))
+            for index, most in zip(indexes, limits, strict=False)
+        ]
+        split = split_pairs([rows.pairs for rows in selections], config)
         folder, previous = RunFolder.start(config.log_path, config.resolved())
-        with closing(folder), closing(MetricsLog(folder.metrics, config.wandb, config.resolved())) as metrics:
-            if previous:
-                display.say(f"{config.log_path} held an earlier run: moved to {previous}")
-            for rows in filter(None, (train_rows, heldout_rows)):
-                write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
-                display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
-            if split.overlap:
-                display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
-            return train(Run(config, split, renderer, folder, metrics, display), service)
+        stack.enter_context(closing(folder))
+        metrics = MetricsLog(folder.metrics, config.wandb, config.resolved())
+        stack.enter_context(closing(metrics))
+        if previous:
+            display.say(f"{config.log_path} held an earlier run: moved to {previous}")
+        for rows in selections:
+            write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
+            display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
+        if split.overlap:
+            display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
+        return train(Run(config, split, renderer, folder, metrics, display), service)
+
+
+def split_pairs(sets: Sequence[PairSet], config: Config) -> Split:
+    """Training and held-out pairs: from a file each, or drawn from one."""
+    train, *heldout = sets
+    if heldout:
+        return Split(train, heldout[0])
+    return split_by_prompt(train, config.eval_fraction, config.seed)
 
 
 @dataclass(frozen=True)

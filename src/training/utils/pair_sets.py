@@ -168,6 +168,10 @@ class SelectedPairs:
         dropped = (source.dropped(int(place)) for place in self._places_dropped)
         return heapq.merge(refused, dropped, self._shortening, key=lambda outcome: outcome.line)
 
+    def close(self) -> None:
+        """Close the file; its pairs can no longer be taken."""
+        self.pairs.source.close()
+
 
 def select_pairs(
     index: RowIndex, renderer: Renderer, rules: Rendering, max_pairs: int | None = None
@@ -175,6 +179,15 @@ def select_pairs(
     """The first `max_pairs` pairs that the rules allow. Raises DataError if there is none."""
     refuse_max_pairs(max_pairs)
     source = PairSource(index, renderer, rules)
+    try:
+        return _selected(source, max_pairs)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _selected(source: PairSource, max_pairs: int | None) -> SelectedPairs:
+    index, rules = source.index, source.rules
     limit = rules.max_seq_len or np.iinfo(np.int64).max
     over = np.maximum(index.rows["chosen"], index.rows["rejected"]) > limit
     usable, shortening = ~over, []
