@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBuiltYetError
+from firesteel.engine import attention
+from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBuiltYetError, VerificationFailed
 from training.recipes.dpo_loop import Config, RunSummary, main
 from training.utils.evaluation import Answers
 
@@ -462,3 +463,49 @@ def test_the_summary_says_what_the_files_say(tmp_path: Path) -> None:
     last = [record for record in records(tmp_path / "run") if "eval/margin" in record][-1]
     assert summary.after == {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
     assert Path(summary.export_path) == tmp_path / "run/adapter"
+
+
+def test_a_fast_path_that_differs_ends_the_run_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = attention._by_segments
+    main(config(tmp_path, verify=True))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("verify")]
+    assert len(said) == 4
+    assert all(line.endswith("ok") for line in said)
+    monkeypatch.setattr(attention, "_by_segments", lambda *given: right(*given) * 1.0002)
+    with pytest.raises(VerificationFailed):
+        main(config(tmp_path, verify=True))
+    assert "DIFFERS" in capsys.readouterr().out
+    assert not (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
+def test_a_lazy_reference_gives_the_numbers_of_one_asked_before(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = []
+    for mode in ("upfront", "lazy"):
+        monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / mode / "home"))
+        (tmp_path / mode).mkdir(exist_ok=True)
+        settings = config(
+            tmp_path / mode, count=10, lora_rank=rank, epochs=2, eval_fraction=0.2, reference_pass=mode
+        )
+        summary = main(settings)
+        outcomes.append([record["train/dpo_loss"] for record in steps(tmp_path / mode / "run")])
+        assert summary.reference_seconds > 0
+    assert outcomes[0] == pytest.approx(outcomes[1], abs=1e-5)
+    said = capsys.readouterr().out
+    # Each of the 10 pairs is computed once; what comes up again, in epoch 2 and after training, is there.
+    assert "from the cache, 10 computed" in said.splitlines()[-1] or "10 computed" in said
+    before = records(tmp_path / "lazy/run")
+    main(settings)
+    assert records(tmp_path / "lazy/run") == before
+    assert "0 computed (0 with damaged entries, 4 checked)" in capsys.readouterr().out
+
+
+def test_time_spent_waiting_for_rows_is_a_metric(tmp_path: Path) -> None:
+    main(config(tmp_path))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["train/data_wait_sec"] >= 0 for line in lines)

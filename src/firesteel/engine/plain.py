@@ -32,7 +32,8 @@ def plain_layers(network: PreTrainedModel, attention: PlainAttention) -> Iterato
 def plain_pass(network: PreTrainedModel, tokens: IntArray, asked: Asked) -> torch.Tensor:
     """Log-probabilities shaped like the targets, 0.0 at what was not asked for; with a graph if gradients are on."""
     logits = network(input_ids=torch.from_numpy(tokens)[None].to(network.device), use_cache=False).logits[0]
-    wide = logits if logits.dtype is torch.float64 else logits.float()
+    # In float32 the sum over a large vocabulary would be wrong by more than all that is compared here.
+    wide = logits.double()
     targets = torch.from_numpy(asked.targets).to(logits.device)
     picked = wide.log_softmax(dim=-1).gather(1, targets.reshape(len(targets), -1))
     scores: torch.Tensor = picked.reshape(targets.shape)
