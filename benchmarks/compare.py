@@ -1,6 +1,6 @@
 """Firesteel and TRL 1.16 on the same rows, weights, order, optimizer and batch size, in alternating processes.
 
-    python benchmarks/compare.py [--only a-full-cold] [--repeats 2] [--pairs 32] [--model smollm2-135m-instruct]
+    python benchmarks/compare.py [--only a-full-cold] [--repeats 2] [--model smollm2-135m-instruct]
                                  [--checkpointing] [--json benchmarks/results.json]
 
 A cell is a workload (a prompt-heavy, b answer-heavy, c short chat), `full` or `lora`, and `cold` (the reference
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from sides import BATCH, Measured, Task
+from sides import STEPS, Measured, Task
 from workloads import WORKLOADS, write_rows
 
 from firesteel import store
@@ -73,19 +73,20 @@ def main() -> None:
     """Run the cells asked for; print a line for each and write all numbers as JSON."""
     options = parse_options()
     cells = [Cell(*parts) for parts in itertools.product(WORKLOADS, RANKS, ("cold", "warm"))]
-    chosen = [cell for cell in cells if options.only in (None, cell.name)]
-    if not chosen:
-        sys.exit(f"--only {options.only}: there is {', '.join(cell.name for cell in cells)}")
+    names = {cell.name for cell in cells}
+    if unknown := set(options.only or []) - names:
+        sys.exit(f"--only {', '.join(sorted(unknown))}: there is {', '.join(sorted(names))}")
+    chosen = [cell for cell in cells if not options.only or cell.name in options.only]
     model = store.fetch(load_catalog().resolve_model(options.model))
-    print(f"{options.model}, {options.pairs} pairs, {BATCH} a step, {environment()}")
+    print(f"{options.model}, {STEPS} steps, {environment()}", flush=True)
     results = {}
     for cell in chosen:
         with tempfile.TemporaryDirectory() as folder:
             repeats = list(run_cell(cell, Path(folder), model, options))
         results[cell.name] = repeats
         print(line(cell, repeats), flush=True)
-    if options.json:
-        write_json(options.json, results)
+        if options.json:
+            write_json(options.json, results)  # after each cell: an hour's numbers are not lost by a key
 
 
 def parse_options() -> argparse.Namespace:
@@ -93,9 +94,10 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only")
+    parser.add_argument(
+        "--only", action="append", help="a cell, as `a-full-cold`; may be given several times"
+    )
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=8 * BATCH)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--checkpointing", action="store_true", help="TRL with gradient checkpointing on")
     parser.add_argument("--json", type=Path)
@@ -105,8 +107,11 @@ def parse_options() -> argparse.Namespace:
 def run_cell(cell: Cell, folder: Path, model: Path, options: argparse.Namespace) -> Iterator[Repeat]:
     """Alternate, each repeat in the other order."""
     rank = RANKS[cell.policy]
-    task = Task(folder, model, folder / "rows.jsonl", folder / "start", rank, cell.start == "warm")
-    write_rows(WORKLOADS[cell.workload], options.pairs, task.rows)
+    workload = WORKLOADS[cell.workload]
+    task = Task(
+        folder, model, folder / "rows.jsonl", folder / "start", rank, workload.batch, cell.start == "warm"
+    )
+    write_rows(workload, STEPS * workload.batch, task.rows)
     if rank:
         launch("firesteel_side.py", task, "export-start")
     for number in range(options.repeats):
@@ -172,7 +177,7 @@ def write_json(path: Path, results: Mapping[str, Sequence[Repeat]]) -> None:
     cells = {name: [asdict(repeat) for repeat in repeats] for name, repeats in results.items()}
     written = {
         "date": time.strftime("%Y-%m-%d"),
-        "batch": BATCH,
+        "steps": STEPS,
         "environment": environment(),
         "cells": cells,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sides import BATCH, RATE, Measured, Task
+from sides import RATE, Measured, Task
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ def run(task: Task) -> Measured:
         lora_rank=task.rank,
         learning_rate=RATE[task.rank],
         weight_decay=0.0,
-        batch_size=BATCH,
+        batch_size=task.batch,
         shuffle=False,
     )
     if task.warm:
@@ -46,7 +46,7 @@ def run(task: Task) -> Measured:
     return Measured(
         side="firesteel",
         seconds=summary.reference_seconds + summary.training_seconds,
-        pairs=len(steps) * BATCH,
+        pairs=len(steps) * task.batch,
         tokens=int(sum(step["train/step_tokens"] for step in steps)),
         losses=[step["train/dpo_loss"] for step in steps],
         peak_gib=peak,

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-BATCH = 4
+STEPS = 8
+"""Of a run: enough for the losses to move, so few that the whole table takes about an hour."""
 RATE = {0: 2e-5, 16: 5e-4}
 """Learning rate by LoRA rank: both move the loss by more than 0.05 in 8 steps."""
 
@@ -22,6 +23,8 @@ class Task:
     adapter: Path
     """Where a LoRA run starts; unused at rank 0."""
     rank: int
+    batch: int
+    """Pairs per step."""
     warm: bool
     checkpointing: bool = False
     """TRL's gradient checkpointing, for memory quoted against both."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from sides import BATCH, RATE, Measured, Task
+from sides import RATE, Measured, Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -22,7 +22,7 @@ def run(task: Task) -> Measured:
     rows = [json.loads(line) for line in task.rows.read_text().splitlines()]
     arguments = DPOConfig(
         output_dir=str(task.folder / "trl"),
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=task.batch,
         num_train_epochs=1,
         learning_rate=RATE[task.rank],
         lr_scheduler_type="constant",

@@ -19,17 +19,18 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Workload:
-    """How many of the shipped texts a prompt and an answer are made of."""
+    """How many of the shipped texts a prompt and an answer are made of, and how many pairs a step takes."""
 
     name: str
     questions_before: int
     answers: int
+    batch: int
 
 
 WORKLOADS = {
-    "a": Workload("prompt-heavy", questions_before=4, answers=1),
-    "b": Workload("answer-heavy", questions_before=0, answers=3),
-    "c": Workload("short chat", questions_before=0, answers=1),
+    "a": Workload("prompt-heavy", questions_before=4, answers=1, batch=2),
+    "b": Workload("answer-heavy", questions_before=0, answers=3, batch=2),
+    "c": Workload("short chat", questions_before=0, answers=1, batch=4),
 }
 
 
