@@ -6,7 +6,7 @@ CODE := src tests examples benchmarks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench bench-scaling clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,7 +45,11 @@ format: setup ## Format the code and mend what lint can mend
 
 bench: $(VENV)/.installed-slow ## Compare with TRL on this machine (an hour or more; ONLY=c-lora-cold runs one cell)
 	$(BIN)/firesteel models pull smollm2-135m-instruct
-	$(BIN)/python benchmarks/compare.py --json benchmarks/results.json $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/compare.py --json benchmarks/results.json $(foreach cell,$(ONLY),--only $(cell))
+
+bench-scaling: setup ## Cost by sequence length, batch and rows; memory by token budget (about 15 minutes)
+	$(BIN)/firesteel models pull smollm2-135m-instruct
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/scaling.json
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,9 +39,10 @@ def main() -> None:
     batches = [pairs[i : i + options.batch_size] for i in range(0, options.pairs, options.batch_size)]
     print(f"{options.model}, {options.pairs} pairs of {options.data}, {options.batch_size} a step, torch "
           f"{torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
-    references = time_reference(options.model, batches)
+    references, reference_rate = time_reference(options.model, batches)
     for rank in (options.lora_rank, 0):
-        time_steps(options.model, rank, batches, references)
+        rate = time_steps(options.model, rank, batches, references)
+        print(f"{'':<22} the reference pass reads {reference_rate / rate:.2f} times as many tokens a second")
 
 
 def parse_options() -> argparse.Namespace:
@@ -57,8 +58,10 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_reference(model: str, batches: Sequence[Sequence[PreferencePair]]) -> list[list[PairLogprobs]]:
-    """Forward only; returns the references of each batch."""
+def time_reference(
+    model: str, batches: Sequence[Sequence[PreferencePair]]
+) -> tuple[list[list[PairLogprobs]], float]:
+    """Forward only; returns the references of each batch, and tokens a second."""
     references: list[list[PairLogprobs]] = []
     with build_service_client(base_model=model, lora_rank=0) as service:
         reference = ReconnectableClient(service.create_reference_client())
@@ -72,8 +75,8 @@ def time_reference(model: str, batches: Sequence[Sequence[PreferencePair]]) -> l
             ]
             references.append([PairLogprobs(*scored[i : i + 2]) for i in range(0, len(scored), 2)])
 
-        report("reference pass", batches, forward)
-    return references
+        rate = report("reference pass", batches, forward)
+    return references, rate
 
 
 def time_steps(
@@ -81,8 +84,8 @@ def time_steps(
     rank: int,
     batches: Sequence[Sequence[PreferencePair]],
     references: Sequence[Sequence[PairLogprobs]],
-) -> None:
-    """forward_backward_custom and optim_step."""
+) -> float:
+    """forward_backward_custom and optim_step; returns tokens a second."""
     known = dict(zip(map(id, batches), references, strict=True))
     with build_service_client(base_model=model, lora_rank=rank) as service:
         policy = ReconnectableClient(service.create_training_client())
@@ -92,13 +95,13 @@ def time_steps(
             policy.forward_backward_custom([d for p in batch for d in p.datums], loss, weighted_only=True)
             policy.optim_step(AdamParams(learning_rate=1e-5))
 
-        report(f"LoRA step, rank {rank}" if rank else "full-parameter step", batches, step)
+        return report(f"LoRA step, rank {rank}" if rank else "full-parameter step", batches, step)
 
 
 def report(
     label: str, batches: Sequence[Sequence[PreferencePair]], run: Callable[[Sequence[PreferencePair]], None]
-) -> None:
-    """Time `run` on each batch after the first; print the medians."""
+) -> float:
+    """Time `run` on each batch after the first; print the medians, return tokens a second."""
     seconds = []
     for batch in batches:
         started = time.perf_counter()
@@ -110,6 +113,8 @@ def report(
     print(
         f"{label:<22} {pairs:6.2f} pairs/s  {statistics.median(rates):7.0f} tokens/s  peak so far {peak:.2f} GiB"
     )
+    return statistics.median(rates)
+
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,16 @@ def test_batches_come_in_order_rendered_by_another_thread(tmp_path: Path, render
     assert [[pair.line - 1 for pair in batch.pairs] for batch in taken] == [list(batch) for batch in batches]
     assert threads.isdisjoint({threading.current_thread()})
     assert all(batch.waited >= 0 for batch in taken)
+
+
+def test_two_threads_may_take_pairs_of_one_file(tmp_path: Path, renderer: Renderer) -> None:
+    """Rows to train on are rendered ahead while held-out ones of the same file are evaluated."""
+    path = write(tmp_path, *(row("a" * (1 + i % 60), "b", f"Q{i}") for i in range(300)))
+    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
+        numbers = [np.random.default_rng(seed).permutation(300).tolist() for seed in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            taken = list(threads.map(selected.pairs.take, numbers))
+    assert [[pair.line - 1 for pair in pairs] for pairs in taken] == numbers
 
 
 def test_a_loop_that_stops_early_leaves_no_thread(tmp_path: Path, renderer: Renderer) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,11 +50,12 @@ class RowsFile:
     """Rows of one file by where they start. A gzipped file is unpacked into a temporary one first.
 
     The file stays open: replaced by another of its name, it is still read as it was. Changed in place, it is
-    refused.
+    refused. Threads may share one.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._place = threading.Lock()
         with _explained(path):
             self._original = open(path, "rb")  # noqa: SIM115  # until `close`
             self._stream: IO[bytes] = self._original
@@ -68,8 +70,9 @@ class RowsFile:
         with _explained(self._path):
             if self._state() != self._seen:
                 raise DataError(f"{self._path}: the file was changed while it is trained on; start again")
-            self._stream.seek(offset)
-            raw = self._stream.readline(MAX_ROW_BYTES + 1)
+            with self._place:
+                self._stream.seek(offset)
+                raw = self._stream.readline(MAX_ROW_BYTES + 1)
         return raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
 
     def close(self) -> None:

@@ -146,7 +146,7 @@ def _read(folder: Path) -> IndexHeader | None:
 
 
 def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Progress) -> IndexHeader:
-    """Written aside, synced, renamed: what is there is whole. Of two makers the last wins; both wrote the same."""
+    """Written aside, synced, renamed: what is there is whole. Of two makers the first wins; both wrote the same."""
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
@@ -154,10 +154,11 @@ def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Pr
         header = _write(partial, _checked(path, renderer, progress), sha256)
         if sha256_of_file(path) != sha256:
             raise DataError(f"{path}: the file was changed while it was read; start again")
-        if folder.exists():
-            folder.rename(partial.with_name(f"{partial.name}-damaged"))
-        partial.rename(folder)
-        _sync(folder.parent)
+        if _read(folder) is None:
+            if folder.exists():
+                folder.rename(partial.with_name(f"{partial.name}-damaged"))
+            partial.rename(folder)
+            _sync(folder.parent)
     except OSError as error:
         raise ConfigError(
             f"row index {folder}: {error}; set FIRESTEEL_HOME to a writable folder with room"

@@ -7,6 +7,7 @@ user's script once more in every worker, which a script without a main guard doe
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def _work() -> None:
     """The life of a worker: a tokenizer's name, then chunks until nobody asks any more."""
     incoming = os.fdopen(os.dup(0), "rb")
     outgoing = os.fdopen(os.dup(1), "wb")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the parent too, which ends its workers
     os.dup2(2, 1)  # whatever a library prints does not get between the answers
     renderer: Renderer | None = None
     with incoming, outgoing:
