@@ -72,7 +72,9 @@ def main() -> None:
     options = parse_options()
     if options.case:
         case = {"Steps": Steps, "Rows": Rows}[options.case[0]](**json.loads(options.case[1]))
-        measured = run_steps(case, options.model) if isinstance(case, Steps) else run_rows(case, options.model)
+        measured = (
+            run_steps(case, options.model) if isinstance(case, Steps) else run_rows(case, options.model)
+        )
         print(json.dumps(measured))
         return
     results = []
@@ -85,7 +87,9 @@ def main() -> None:
                 continue
             measured = in_own_process(case, options.model)
             results.append({"part": part, **asdict(case), **measured})
-            described = "  ".join(f"{name} {value}" for name, value in asdict(case).items() if value is not None)
+            described = "  ".join(
+                f"{name} {value}" for name, value in asdict(case).items() if value is not None
+            )
             found = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
             print(f"  {described:<44} {found}", flush=True)
     if options.json:
@@ -181,7 +185,10 @@ def run_rows(case: Rows, model: str) -> dict[str, float]:
 def short_chats(count: int) -> Iterator[dict[str, object]]:
     """Rows that all differ."""
     for number in range(count):
-        sides = {"chosen": f"{number + 1} comes after it.", "rejected": f"I cannot say what follows {number}."}
+        sides = {
+            "chosen": f"{number + 1} comes after it.",
+            "rejected": f"I cannot say what follows {number}.",
+        }
         yield {
             "prompt": [{"role": "user", "content": f"What comes after {number}?"}],
             **{side: [{"role": "assistant", "content": text}] for side, text in sides.items()},

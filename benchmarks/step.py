@@ -28,7 +28,8 @@ from training.utils import (
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import Rendering, render_pairs
 from training.utils.preference_data import read_preferences
-from training.utils.rendering import Renderer, load_tokenizer
+from training.utils.rendering import Renderer
+from training.utils.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -114,7 +115,6 @@ def report(
         f"{label:<22} {pairs:6.2f} pairs/s  {statistics.median(rates):7.0f} tokens/s  peak so far {peak:.2f} GiB"
     )
     return statistics.median(rates)
-
 
 
 if __name__ == "__main__":

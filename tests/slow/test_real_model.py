@@ -16,7 +16,8 @@ from plain import load_plain, plain_logprobs
 from training.utils import ReconnectableClient, build_service_client
 from training.utils.pairs import render_pairs
 from training.utils.preference_data import read_preferences
-from training.utils.rendering import Renderer, load_tokenizer
+from training.utils.rendering import Renderer
+from training.utils.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 NAME = "smollm2-135m-instruct"

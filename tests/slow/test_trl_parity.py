@@ -29,7 +29,8 @@ from training.utils import DpoObjective, build_service_client, make_dpo_loss
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import PreferencePair, render_pairs
 from training.utils.preference_data import read_preferences
-from training.utils.rendering import Renderer, load_tokenizer
+from training.utils.rendering import Renderer
+from training.utils.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

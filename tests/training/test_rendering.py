@@ -15,6 +15,7 @@ from toy_tokenizers import (
 )
 
 from firesteel.sdk.errors import DataError, ModelError
+from training.utils.chat_template import RenderError
 from training.utils.preference_examples import (
     ChatExample,
     Message,
@@ -23,14 +24,8 @@ from training.utils.preference_examples import (
     TextExample,
     Tools,
 )
-from training.utils.rendering import (
-    RenderedPair,
-    Renderer,
-    RenderError,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_identity,
-)
+from training.utils.rendering import RenderedPair, Renderer
+from training.utils.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 
 TOOLS = ({"type": "function", "function": {"name": "add"}},)
 

@@ -23,7 +23,8 @@ from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, FloatArray, ModelInput, TensorData
 from training.utils.preference_data import OnBadRow, PreferenceFile, refuse_rows
 from training.utils.preference_examples import ExampleError, PreferenceExample
-from training.utils.rendering import RenderedPair, Renderer, Tokens, shared_length
+from training.utils.rendering import RenderedPair, Renderer
+from training.utils.tokenizer import Tokens, shared_length
 
 Truncate = Literal["drop", "response_end"]
 Outcome = Literal["refused", "dropped", "shortened"]

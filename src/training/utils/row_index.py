@@ -46,7 +46,7 @@ CHUNK_ROWS = 512
 # Starting a worker takes seconds: smaller files are read here.
 BYTES_WORTH_WORKERS = 8_000_000
 _CODE = ("jsonl", "row_values", "conversations", "plain_texts", "preference_examples", "preference_data")
-_RENDERING = ("rendering", "pairs", "row_check")
+_RENDERING = ("tokenizer", "chat_template", "rendering", "pairs", "row_check")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _STALE_SECONDS = 24 * 3600
 

@@ -58,7 +58,9 @@ def with_corners(test):  # type: ignore[no-untyped-def]
     ]
     for corner in corners:
         test = example(corner, 0, 7)(test)
-    return settings(max_examples=40, deadline=None)(given(batch, st.integers(0, 99), st.sampled_from(BUDGETS))(test))
+    return settings(max_examples=40, deadline=None)(
+        given(batch, st.integers(0, 99), st.sampled_from(BUDGETS))(test)
+    )
 
 
 @with_corners
@@ -70,7 +72,9 @@ def test_any_batch_gives_the_plain_paths_numbers(
     slopes = [rng.normal(size=len(s) - 1).astype(np.float32) * (rng.random(len(s) - 1) < 0.7) for s in batch]
     data = [datum(tokens, slope) for tokens, slope in zip(batch, slopes, strict=True)]
     tokens = tuple(np.asarray(s[:-1], np.int64) for s in batch)
-    asked = tuple(Asked(np.asarray(s[1:], np.int64), slope != 0) for s, slope in zip(batch, slopes, strict=True))
+    asked = tuple(
+        Asked(np.asarray(s[1:], np.int64), slope != 0) for s, slope in zip(batch, slopes, strict=True)
+    )
 
     clear(twins.fast)
     scores = twins.fast.forward_backward(

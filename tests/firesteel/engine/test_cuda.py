@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainers import LORA, gradients, relative_difference, sequences, spread_lora
 
 from conftest import ARCHITECTURES, make_pairs
 from firesteel.catalog import ModelEntry
@@ -16,7 +17,6 @@ from firesteel.engine.packing import pack
 from firesteel.engine.trainer import Trainer
 from firesteel.sdk import LoraConfig
 from firesteel.sdk.shapes import Mode, TrainingShape
-from trainers import LORA, gradients, relative_difference, sequences, spread_lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -69,7 +69,8 @@ def test_the_host_does_not_wait_for_the_device_inside_attention() -> None:
     tree = pack([np.concatenate([np.arange(200), rng.integers(0, 9, 40)]) for _ in range(6)])
     mask = TreeMask(tree, device, torch.bfloat16)
     query, key, value = (
-        torch.randn(1, heads, len(tree.tokens), 64, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)
+        torch.randn(1, heads, len(tree.tokens), 64, device=device, dtype=torch.bfloat16)
+        for heads in (8, 2, 2)
     )
     layer = torch.nn.Identity()
     expected, _ = tree_attention(layer, query, key, value, None, tree=mask)  # compiles; makes the blocks

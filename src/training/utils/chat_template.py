@@ -1,0 +1,135 @@
+"""The chat template of a tokenizer: messages → tokens, where an answer ends, and what the template leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from firesteel.sdk.errors import ModelError
+from training.utils.preference_examples import ChatExample, ExampleError, Message, Messages, Tools
+from training.utils.tokenizer import Tokenizer, Tokens, encode, shared_length, shown_text, starts_with
+
+# Two answers that share neither their first nor their last letter: what two renderings of them have in common
+# around the answer is the template's.
+_PROBES = ("yes", "no")
+
+
+class RenderError(ExampleError):
+    """An example that this tokenizer and its chat template cannot express exactly."""
+
+    code = "data.render"
+
+
+@dataclass(frozen=True)
+class AnswerFrame:
+    """What the chat template puts around the content of the last assistant turn, after the prompt."""
+
+    opening: Tokens
+    """Such as the empty think block of templates that expect reasoning; given, so never scored."""
+    end_of_turn: int
+
+
+def _fields_to_show(role: str, *, in_prompt: bool) -> tuple[str, ...]:
+    """Fields of a message that say something beside its content; whatever else stands there is metadata."""
+    calls = ("tool_calls", "function_call")
+    # The name of a tool is known from the call that it answers.
+    names = () if role in ("tool", "function") else ("name",)
+    # Reasoning of earlier turns is left out on purpose by templates of reasoning models.
+    return (*calls, *names) if in_prompt else (*calls, *names, "reasoning_content", "reasoning", "thinking")
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer: what it makes of messages, and what it leaves out."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._shown_roles: dict[str, bool] = {}
+
+    def ids(self, messages: Messages, tools: Tools, *, header: bool) -> Tokens:
+        """The tokens of a conversation; `header` adds what asks the assistant to answer."""
+        return encode(self.tokenizer, self._text(messages, tools, header=header))
+
+    def _text(self, messages: Messages, tools: Tools, *, header: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            # As text, since what `tokenize=True` gives back differs between versions of transformers.
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=header,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
+        return str(text)
+
+    @cached_property
+    def frame(self) -> AnswerFrame:
+        """Found by rendering one question with two answers. Raises ModelError if turns do not end."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "this tokenizer has no chat template, so messages cannot be rendered; use the tokenizer of a "
+                "chat model, set tokenizer.chat_template, or give prompt, chosen and rejected as plain texts"
+            )
+        question: Messages = ({"role": "user", "content": "?"},)
+        answers = [(*question, {"role": "assistant", "content": content}) for content in _PROBES]
+        try:
+            prompt = self.ids(question, None, header=True)
+            yes, no = (self.ids(answer, None, header=False) for answer in answers)
+        except RenderError as error:
+            raise ModelError(f"one question and its answer cannot be rendered: {error.reason}") from None
+        start = yes[: shared_length(yes, no)]
+        closing = yes[len(yes) - shared_length(yes[::-1], no[::-1]) :]
+        # A template that changes the prompt when an answer follows is refused row by row.
+        opening = start[len(prompt) :] if starts_with(start, prompt) else ()
+        return AnswerFrame(opening, self._first_marker(closing))
+
+    def _first_marker(self, closing: Tokens) -> int:
+        added = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        for token in closing:
+            # Some vocabularies add runs of white space as tokens; those end nothing.
+            if token in added and str(self.tokenizer.decode([token])).strip():
+                return token
+        raise ModelError(
+            f"the chat template ends the assistant's turn with {shown_text(self.tokenizer, closing)}, in which "
+            "there is no special token: the model could not learn where to stop; in the template, put the "
+            "end-of-sequence token behind the assistant's content"
+        )
+
+    def refuse_what_is_left_out(self, example: ChatExample) -> None:
+        """Templates pass over what they do not know: the model would be trained on another conversation."""
+        prompt, tools = example.prompt, example.tools
+        if tools and self._text(prompt, tools, header=True) == self._text(prompt, None, header=True):
+            raise RenderError(
+                "tools", "the chat template shows no tools; use a tokenizer whose template does"
+            )
+        for name, response in (("chosen", example.chosen), ("rejected", example.rejected)):
+            messages = prompt + response
+            for index, message in enumerate(messages):
+                if not self._shows_role(messages, index, tools):
+                    raise RenderError(name, f"the chat template shows no turns of role {message['role']!r}")
+                for field in _fields_to_show(message["role"], in_prompt=index < len(prompt)):
+                    if message.get(field) and not self._shows_field(messages, index, field, tools):
+                        raise RenderError(name, f"the chat template does not show {field} of turn {index}")
+
+    def _shows_role(self, messages: Messages, index: int, tools: Tools) -> bool:
+        """Whether turns of this role appear at all: asked once for each role."""
+        message = messages[index]
+        role = message["role"]
+        if role not in self._shown_roles:
+            other = {**message, "content": message["content"] + "?"}
+            self._shown_roles[role] = self._shows(messages, index, other, tools)
+        return self._shown_roles[role]
+
+    def _shows_field(self, messages: Messages, index: int, field: str, tools: Tools) -> bool:
+        without = {key: value for key, value in messages[index].items() if key != field}
+        return self._shows(messages, index, without, tools)
+
+    def _shows(self, messages: Messages, index: int, other: Message, tools: Tools) -> bool:
+        """Whether putting another message in this place makes a difference."""
+        text = self._text(messages, tools, header=False)
+        try:
+            return text != self._text((*messages[:index], other, *messages[index + 1 :]), tools, header=False)
+        except RenderError:
+            return True
