@@ -28,8 +28,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "a": Workload("prompt-heavy", questions_before=4, answers=1, batch=2),
-    "b": Workload("answer-heavy", questions_before=0, answers=3, batch=2),
+    "a": Workload("prompt-heavy", questions_before=4, answers=1, batch=4),
+    "b": Workload("answer-heavy", questions_before=0, answers=3, batch=4),
     "c": Workload("short chat", questions_before=0, answers=1, batch=4),
 }
 

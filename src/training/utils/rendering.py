@@ -23,6 +23,7 @@ from training.utils.chat_template import ChatTemplate, RenderError
 from training.utils.preference_examples import (
     ChatExample,
     Message,
+    Messages,
     PlainExample,
     PreferenceExample,
     TextExample,

@@ -90,10 +90,12 @@ def _backend(tokenizer: Any) -> object:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tokens:
+    """The tokens of a text, without any that the tokenizer would put around it."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def shown_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
+    """The text of some tokens, quoted, for an error."""
     return json.dumps(str(tokenizer.decode(list(tokens))), ensure_ascii=False)
 
 
@@ -104,4 +106,5 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def starts_with(tokens: Tokens, start: Tokens) -> bool:
+    """Whether the first tokens are these."""
     return tokens[: len(start)] == start
