@@ -27,6 +27,9 @@ from firesteel.sdk.shapes import TrainingShape
 
 logger = logging.getLogger("firesteel")
 
+# Raised whenever a change of the engine changes a log-probability: cached references of before are not used then.
+NUMERICS_VERSION = 2
+
 # Settings of a configuration that say where a model came from, not what it computes.
 _NOT_IDENTITY = {
     "_name_or_path",
@@ -101,7 +104,8 @@ def add_embedding_rows_to_head(base: BaseModel) -> None:
     that is quick, and finding the rows would make the host wait.
     """
     embedding, head = base.network.get_input_embeddings(), base.network.get_output_embeddings()
-    if base.device == "cpu" and isinstance(embedding, nn.Embedding) and embedding.weight is head.weight:
+    tied = head is not None and isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+    if tied and base.device == "cpu":
         embedding.sparse = True
 
 
@@ -247,6 +251,8 @@ def numerics_identity(base: BaseModel) -> str:
     minor = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
     dtype = str(base.network.dtype).removeprefix("torch.")
     head = "fused-head" if base.head else "own-head"
+    ours = f"engine-{NUMERICS_VERSION}"
     return (
-        f"{dtype} {base.network.device.type} {base.attention} {head} torch-{minor[0]} transformers-{minor[1]}"
+        f"{dtype} {base.network.device.type} {base.attention} {head} {ours} "
+        f"torch-{minor[0]} transformers-{minor[1]}"
     )

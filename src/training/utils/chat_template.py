@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from functools import cached_property
 
 from firesteel.sdk.errors import ModelError
@@ -41,9 +42,16 @@ def _fields_to_show(role: str, *, in_prompt: bool) -> tuple[str, ...]:
 class ChatTemplate:
     """The chat template of one tokenizer: what it makes of messages, and what it leaves out."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, today: date) -> None:
         self.tokenizer = tokenizer
+        # Some templates print the date. Rows are rendered more than once, and past midnight they must stay the same.
+        self._variables = {"strftime_now": datetime.combine(today, time()).strftime} if self.dated else {}
         self._shown_roles: dict[str, bool] = {}
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template may print the date."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
 
     def ids(self, messages: Messages, tools: Tools, *, header: bool) -> Tokens:
         """The tokens of a conversation; `header` adds what asks the assistant to answer."""
@@ -59,6 +67,7 @@ class ChatTemplate:
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=header,
                 tokenize=False,
+                **self._variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error

@@ -53,23 +53,24 @@ class RowsFile:
     refused. Threads may share one.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, checked: FileState) -> None:
+        """Raises DataError if the file is another one than when it was `checked`."""
         self._path = path
+        self._checked = checked
         self._place = threading.Lock()
         with _explained(path):
             self._original = open(path, "rb")  # noqa: SIM115  # until `close`
+            self._refuse_changed()
             self._stream: IO[bytes] = self._original
             if self._original.peek(2)[:2] == _GZIP:
                 self._stream = tempfile.TemporaryFile()  # noqa: SIM115
-                with gzip.open(path, "rb") as packed:
+                with gzip.GzipFile(fileobj=self._original) as packed:
                     shutil.copyfileobj(packed, self._stream)
-            self._seen = self._state()
 
     def row_at(self, offset: int) -> bytes:
         """The row that starts there. Raises DataError if the file has changed since it was opened."""
         with _explained(self._path):
-            if self._state() != self._seen:
-                raise DataError(f"{self._path}: the file was changed while it is trained on; start again")
+            self._refuse_changed()
             with self._place:
                 self._stream.seek(offset)
                 raw = self._stream.readline(MAX_ROW_BYTES + 1)
@@ -80,15 +81,32 @@ class RowsFile:
         self._stream.close()
         self._original.close()
 
-    def _state(self) -> tuple[int, int]:
-        found = os.fstat(self._original.fileno())
-        return found.st_size, found.st_mtime_ns
+    def _refuse_changed(self) -> None:
+        if FileState.of(self._original) != self._checked:
+            raise DataError(f"{self._path}: the file was changed since its rows were checked; start again")
 
 
-def sha256_of_file(path: str) -> str:
-    """Of the bytes as they are on disk."""
+@dataclass(frozen=True)
+class FileState:
+    """What tells a file from another of its name, and from itself after a change."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> FileState:
+        """Of an open file."""
+        found = os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def hash_of_file(path: str) -> tuple[str, FileState]:
+    """SHA-256 of the bytes as they are on disk, and the state of the file that they were read from."""
     with _explained(path), open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        state = FileState.of(stream)
+        return hashlib.file_digest(stream, "sha256").hexdigest(), state
 
 
 @contextmanager
@@ -186,12 +204,13 @@ def _refuse_unusable_values(value: object, place: str) -> None:
         for index, item in enumerate(value):
             _refuse_unusable_values(item, f"{place}[{index}]")
     elif isinstance(value, dict):
+        for key in value:
+            _refuse_unusable_text(key, field_path(place, ascii(key)))
         if isinstance(value, _Repeated):
             raise ExampleError(
                 field_path(place, value.key), f"the key {value.key!r} is there twice in one object"
             )
         for key, item in value.items():
-            _refuse_unusable_text(key, field_path(place, ascii(key)))
             _refuse_unusable_values(item, field_path(place, key))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from firesteel.sdk.errors import DataError
 from firesteel.sdk.types import BoolArray, IntArray
 from training.utils.jsonl import RowsFile
 from training.utils.pairs import (
+    Outcome,
     PreferencePair,
     Rendering,
     RowCounts,
@@ -42,7 +43,7 @@ class PairSource:
         self.index = index
         self.rules = rules
         self._renderer = renderer
-        self._file = RowsFile(index.path)
+        self._file = RowsFile(index.path, index.state)
 
     def pair(self, place: int) -> PreferencePair:
         """Raises DataError if the row is not what it was when the index was made."""
@@ -53,13 +54,11 @@ class PairSource:
             rendered = fitted
         return pair_of(rendered, line)
 
-    def shortened(self, place: int) -> RowOutcome:
-        """What comes of a row over the limit whose responses may be cut."""
-        return shortened_or_dropped(self._rendered(place), self.rules, int(self.index.rows["line"][place]))[1]
-
-    def dropped(self, place: int) -> RowOutcome:
-        """What is said of a row over the limit that may not be cut."""
+    def outcome(self, place: int) -> RowOutcome:
+        """What becomes of a row over the limit."""
         row = self.index.rows[place]
+        if self.rules.truncate == "response_end":
+            return shortened_or_dropped(self._rendered(place), self.rules, int(row["line"]))[1]
         too_long = self.rules.too_long(int(row["chosen"]), int(row["rejected"]))
         return RowOutcome(int(row["line"]), "dropped", too_long)
 
@@ -141,8 +140,8 @@ class SelectedPairs:
 
     pairs: PairSet
     counts: RowCounts
-    _places_dropped: IntArray
-    _shortening: tuple[RowOutcome, ...]
+    _over_limit: IntArray
+    """Places of the rows over the limit; what became of each is found again when it is asked for."""
 
     @property
     def path(self) -> str:
@@ -165,8 +164,8 @@ class SelectedPairs:
         refused = (
             RowOutcome(row.line, "refused", f"{row.field}: {row.reason}") for row in source.index.refused()
         )
-        dropped = (source.dropped(int(place)) for place in self._places_dropped)
-        return heapq.merge(refused, dropped, self._shortening, key=lambda outcome: outcome.line)
+        over_limit = (source.outcome(int(place)) for place in self._over_limit)
+        return heapq.merge(refused, over_limit, key=lambda outcome: outcome.line)
 
     def close(self) -> None:
         """Close the file; its pairs can no longer be taken."""
@@ -190,24 +189,35 @@ def _selected(source: PairSource, max_pairs: int | None) -> SelectedPairs:
     index, rules = source.index, source.rules
     limit = rules.max_seq_len or np.iinfo(np.int64).max
     over = np.maximum(index.rows["chosen"], index.rows["rejected"]) > limit
-    usable, shortening = ~over, []
+    usable = ~over
     if rules.truncate == "response_end":
-        for place in np.flatnonzero(over):
-            shortening.append(source.shortened(int(place)))
-            usable[place] = shortening[-1].outcome == "shortened"
+        _try_to_shorten(source, over, usable, max_pairs)
     places = np.flatnonzero(usable)[:max_pairs]
     # What lies behind the last pair that is used is not used, whatever it is.
     end = int(places[-1]) + 1 if len(places) == max_pairs else len(index.rows)
-    last_line = int(index.rows["line"][end - 1]) if end else 0
-    kept = tuple(outcome for outcome in shortening if outcome.line <= last_line)
-    dropped = np.flatnonzero(over[:end]) if rules.truncate == "drop" else np.empty(0, np.int64)
-    lost = Counter(outcome.outcome for outcome in kept)
-    lost.update(dropped=len(dropped), refused=index.refused_count)
+    over_limit = np.flatnonzero(over[:end])
+    shortened = int(usable[over_limit].sum())
+    lost: dict[Outcome, int] = {
+        "shortened": shortened,
+        "dropped": len(over_limit) - shortened,
+        "refused": index.refused_count,
+    }
     counts = RowCounts(index.total, lost, len(index.rows) - end)
-    selected = SelectedPairs(PairSet(source, places), counts, dropped, kept)
+    selected = SelectedPairs(PairSet(source, places), counts, over_limit)
     if not len(places):
         raise counts.nothing_left(index.path, selected.outcomes())
     return selected
+
+
+def _try_to_shorten(source: PairSource, over: BoolArray, usable: BoolArray, max_pairs: int | None) -> None:
+    """Mark the rows over the limit of which a pair is left, up to the last that is needed; each is rendered."""
+    found = 0
+    for place in range(len(over)) if max_pairs else np.flatnonzero(over):
+        if over[place]:
+            usable[place] = source.outcome(int(place)).outcome == "shortened"
+        found += bool(usable[place])
+        if found == max_pairs:
+            return
 
 
 def _waited_for(batch: Future[list[PreferencePair]]) -> TakenBatch:

@@ -56,11 +56,6 @@ class PreferencePair:
         return self.chosen, self.rejected
 
     @property
-    def prompt(self) -> Tokens:
-        """The tokens that both sides start with."""
-        return tuple(self.chosen.model_input.to_ints()[: self.prompt_len])
-
-    @property
     def tokens(self) -> int:
         """Number of tokens of both whole sequences, the prompt counted on each side."""
         return self.chosen.model_input.length + self.rejected.model_input.length + 2

@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Literal
 
@@ -74,17 +75,21 @@ class Renderer:
     Threads may share one: tokenizers may not be used by two at once, so they take turns.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
-        """`source` is what `load_tokenizer` loads this tokenizer by, for workers that need one of their own."""
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None, today: date | None = None) -> None:
+        """`source` is what `load_tokenizer` loads this tokenizer by, for workers that need one of their own.
+
+        `today` is the date that a template which prints one is given, as long as this renderer lives.
+        """
         self.tokenizer = tokenizer
         self.source = source
-        self._template = ChatTemplate(tokenizer)
+        self.today = today or date.today()
+        self._template = ChatTemplate(tokenizer, self.today)
         self._one_at_a_time = threading.RLock()
 
     @classmethod
-    def load(cls, source: str) -> Renderer:
+    def load(cls, source: str, today: date | None = None) -> Renderer:
         """On the tokenizer that `load_tokenizer` loads."""
-        return cls(load_tokenizer(source), source)
+        return cls(load_tokenizer(source), source, today)
 
     def render(self, example: PreferenceExample) -> RenderedPair:
         """Tokens and masks of both sides."""
@@ -97,8 +102,9 @@ class Renderer:
 
     @cached_property
     def identity(self) -> str:
-        """`tokenizer_identity` of the tokenizer."""
-        return tokenizer_identity(self.tokenizer)
+        """`tokenizer_identity` of the tokenizer, and the date where the template may print it."""
+        identity = tokenizer_identity(self.tokenizer)
+        return f"{identity} {self.today.isoformat()}" if self._template.dated else identity
 
     @property
     def end_of_turn(self) -> int:

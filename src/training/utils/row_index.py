@@ -20,7 +20,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -30,7 +30,7 @@ import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.store import home
-from training.utils.jsonl import LocatedRow, located_rows, sha256_of_file
+from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
 from training.utils.preference_data import (
     ERRORS_SHOWN,
     FormatTally,
@@ -42,7 +42,8 @@ from training.utils.rendering import Renderer
 from training.utils.row_check import ROW, CheckedRows, RefusedRow, RowArray, check_rows
 from training.utils.row_workers import RowWorkers
 
-CHUNK_ROWS = 512
+# What a worker is sent at once; a few of these are in memory at any time.
+CHUNK_ROWS, CHUNK_BYTES = 512, 2**20
 # Starting a worker takes seconds: smaller files are read here.
 BYTES_WORTH_WORKERS = 8_000_000
 _CODE = ("jsonl", "row_values", "conversations", "plain_texts", "preference_examples", "preference_data")
@@ -78,6 +79,8 @@ class RowIndex:
     """Mapped from the file, not read into memory."""
     refused_count: int
     folder: Path
+    state: FileState
+    """Of the data file when it was read."""
 
     @property
     def total(self) -> int:
@@ -102,11 +105,9 @@ def index_rows(
     """
     if on_bad_row not in ("fail", "skip"):
         raise ConfigError(f"on_bad_row: {on_bad_row!r} is neither 'fail' nor 'skip'")
-    sha256 = sha256_of_file(path)
+    sha256, state = hash_of_file(path)
     folder = home() / "row_indexes" / _key(sha256, renderer)
-    header = _read(folder)
-    if header is None:
-        header = _make(path, sha256, renderer, folder, progress)
+    header = _read(folder) or _make(path, sha256, renderer, folder, progress)
     first = [
         RowError(path, row.line, row.field, row.reason) for row in islice(_refused(folder), ERRORS_SHOWN)
     ]
@@ -115,7 +116,8 @@ def index_rows(
         refuse_rows(path, first, header.refused)
     if not header.usable:
         refuse_nothing_left(path, first, header.refused)
-    return RowIndex(path, sha256, form, np.load(folder / "rows.npy", mmap_mode="r"), header.refused, folder)
+    rows = np.load(folder / "rows.npy", mmap_mode="r")
+    return RowIndex(path, sha256, form, rows, header.refused, folder, state)
 
 
 def _refused(folder: Path) -> Iterator[RefusedRow]:
@@ -139,7 +141,7 @@ def _read(folder: Path) -> IndexHeader | None:
     try:
         content = json.loads((folder / "index.json").read_text())
         header = IndexHeader(**content | {"formats": FormatTally(**content["formats"])})
-        found = [sha256_of_file(str(folder / name)) for name in ("rows.npy", "refused.jsonl")]
+        found = [hash_of_file(str(folder / name))[0] for name in ("rows.npy", "refused.jsonl")]
     except (OSError, ValueError, TypeError, KeyError, DataError):
         return None
     return header if found == [header.rows_sha256, header.refused_sha256] else None
@@ -151,14 +153,11 @@ def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Pr
     try:
         partial.mkdir(parents=True)
         _sweep(folder.parent)
-        header = _write(partial, _checked(path, renderer, progress), sha256)
-        if sha256_of_file(path) != sha256:
+        with closing(_checked(path, renderer, progress)) as checked:
+            header = _write(partial, checked, sha256)
+        if hash_of_file(path)[0] != sha256:
             raise DataError(f"{path}: the file was changed while it was read; start again")
-        if _read(folder) is None:
-            if folder.exists():
-                folder.rename(partial.with_name(f"{partial.name}-damaged"))
-            partial.rename(folder)
-            _sync(folder.parent)
+        _put(partial, folder)
     except OSError as error:
         raise ConfigError(
             f"row index {folder}: {error}; set FIRESTEEL_HOME to a writable folder with room"
@@ -169,7 +168,20 @@ def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Pr
     return header
 
 
-def _checked(path: str, renderer: Renderer, progress: Progress) -> Iterator[CheckedRows]:
+def _put(partial: Path, folder: Path) -> None:
+    if _read(folder) is not None:
+        return
+    if folder.exists():
+        folder.rename(partial.with_name(f"{partial.name}-damaged"))
+    try:
+        partial.rename(folder)
+    except OSError:
+        if _read(folder) is None:  # otherwise another run was quicker
+            raise
+    _sync(folder.parent)
+
+
+def _checked(path: str, renderer: Renderer, progress: Progress) -> Generator[CheckedRows]:
     count = min(os.cpu_count() or 1, 8)
     if renderer.source is None or count == 1 or os.path.getsize(path) < BYTES_WORTH_WORKERS:
         for chunk in _chunks(path, progress):
@@ -180,11 +192,15 @@ def _checked(path: str, renderer: Renderer, progress: Progress) -> Iterator[Chec
 
 
 def _chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
-    rows, done = located_rows(path), 0
-    while chunk := list(islice(rows, CHUNK_ROWS)):
-        done += len(chunk)
+    chunk: list[LocatedRow] = []
+    for done, row in enumerate(located_rows(path), start=1):
+        chunk.append(row)
+        if len(chunk) >= CHUNK_ROWS or row.offset - chunk[0].offset >= CHUNK_BYTES:
+            yield chunk
+            progress(done, row.offset)
+            chunk = []
+    if chunk:
         yield chunk
-        progress(done, chunk[-1].offset)
 
 
 def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHeader:
@@ -199,7 +215,7 @@ def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHe
     # As a map: a million rows need not pass through memory.
     np.save(folder / "rows.npy", np.memmap(raw, dtype=ROW, mode="r") if usable else np.empty(0, ROW))
     raw.unlink()
-    hashes = [sha256_of_file(str(folder / name)) for name in ("rows.npy", "refused.jsonl")]
+    hashes = [hash_of_file(str(folder / name))[0] for name in ("rows.npy", "refused.jsonl")]
     header = IndexHeader(sha256, usable, refused, formats, *hashes)
     (folder / "index.json").write_text(json.dumps(asdict(header)))
     for name in ("rows.npy", "refused.jsonl", "index.json", "."):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from queue import SimpleQueue
 from typing import IO, Any
 
@@ -33,11 +34,16 @@ class RowWorkers:
 
     def __init__(self, renderer: Renderer, count: int) -> None:
         assert renderer.source is not None
-        self._workers = [_Worker(renderer) for _ in range(count)]
-        self._free: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
-            self._free.put(worker)
         self._threads = ThreadPoolExecutor(count, "row-workers")
+        self._workers: list[_Worker] = []
+        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        try:
+            for _ in range(count):
+                self._workers.append(_Worker(renderer))
+                self._free.put(self._workers[-1])
+        except OSError as error:
+            self.close()
+            raise OperationFailed(f"no process that reads rows can be started: {error}") from error
 
     def check(self, chunks: Iterable[Sequence[LocatedRow]]) -> Iterator[CheckedRows]:
         """What became of each chunk, in order; a few chunks are on their way at any time."""
@@ -66,13 +72,15 @@ class RowWorkers:
 class _Worker:
     def __init__(self, renderer: Renderer) -> None:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # the workers are the parallelism
             "OMP_NUM_THREADS": "1",
         }
-        self._source, self._identity = renderer.source, renderer.identity
+        self._renderer = renderer
+        # -P: with -m alone the current folder would come first, and a module of the user's with one of our names.
+        command = [sys.executable, "-P", "-m", __name__]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self._greeted = False
 
@@ -80,9 +88,11 @@ class _Worker:
         """Raises the ModelError that the worker raised, and OperationFailed if it died."""
         if not self._greeted:
             self._greeted = True
-            if self._ask(_Frame({"tokenizer": self._source})).header["identity"] != self._identity:
+            ours = self._renderer
+            greeting = _Frame({"tokenizer": ours.source, "today": ours.today.isoformat()})
+            if self._ask(greeting).header["identity"] != ours.identity:
                 raise OperationFailed(
-                    f"{self._source}: loaded again in a worker, the tokenizer is another one"
+                    f"{ours.source}: loaded again in a worker, the tokenizer is another one"
                 )
         return _checked_of(self._ask(_rows_frame(chunk)))
 
@@ -122,11 +132,15 @@ class _Frame:
     @classmethod
     def receive(cls, stream: IO[bytes]) -> _Frame:
         """Raises EOFError at the end of the stream."""
-        sizes = stream.read(16)
-        if len(sizes) < 16:
-            raise EOFError
-        header, body = struct.unpack("<QQ", sizes)
-        return cls(orjson.loads(stream.read(header)), stream.read(body))
+        header, body = struct.unpack("<QQ", _exactly(stream, 16))
+        return cls(orjson.loads(_exactly(stream, header)), _exactly(stream, body))
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
 
 
 def _rows_frame(rows: Sequence[LocatedRow]) -> _Frame:
@@ -154,7 +168,8 @@ def _checked_of(frame: _Frame) -> CheckedRows:
 
 def _answer(question: _Frame, renderer: Renderer | None) -> tuple[_Frame, Renderer]:
     if renderer is None:
-        renderer = Renderer.load(question.header["tokenizer"])
+        today = date.fromisoformat(question.header["today"])
+        renderer = Renderer.load(question.header["tokenizer"], today)
         return _Frame({"identity": renderer.identity}), renderer
     return _checked_frame(check_rows(_rows_of(question), renderer)), renderer
 

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Any, *, tools: Any, add_generation_prompt: bool, tokenize: bool
+        self, conversation: Any, *, tools: Any, add_generation_prompt: bool, tokenize: bool, **variables: Any
     ) -> Any:
         """The text of a conversation."""
         ...
