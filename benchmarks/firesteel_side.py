@@ -22,7 +22,7 @@ from training.utils import build_service_client
 from training.utils.pair_sets import select_pairs
 from training.utils.pairs import Rendering
 from training.utils.progress import Display
-from training.utils.reference_pass import open_references
+from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 
@@ -63,6 +63,7 @@ def run(task: Task) -> Measured:
         peak_gib=peak,
         threads=torch.get_num_threads(),
         useful_share=useful / sum(step["train/step_time_sec"] for step in steps) / rate,
+        wait_share=sum(step["train/data_wait_sec"] for step in steps) / summary.training_seconds,
         linear_gflops=rate / 1e9,
     )
 
@@ -73,8 +74,8 @@ def fill_reference_cache(config: Config) -> None:
     index = index_rows(config.dataset, renderer)
     with build_service(config) as service, closing(select_pairs(index, renderer, Rendering())) as rows:
         service.create_training_client()
-        with open_references(service, renderer, "upfront") as references:
-            references.run_pass([rows.pairs], Display(), seed=0)
+        with closing(References(service, renderer, "upfront")) as references:
+            references.prepare([rows.pairs], Display(), seed=0)
 
 
 def layers(model: Path) -> list[tuple[int, int]]:

@@ -64,3 +64,5 @@ class Measured:
     useful_share: float | None = None
     """Matrix-multiply work that the steps cannot do without, over their time and `linear_gflops`."""
     linear_gflops: float | None = None
+    wait_share: float | None = None
+    """Of the training's time: spent waiting for rows to be rendered."""

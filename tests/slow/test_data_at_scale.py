@@ -1,4 +1,4 @@
-"""A file of any size is read with the memory of a small one (a million rows: `benchmarks/scaling.py --part rows`)."""
+"""A large file is read with little memory (a million rows: `benchmarks/scaling.py --part rows --most-rows 1000000`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from training.utils import row_index
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +51,8 @@ def test_memory_grows_by_little_more_than_the_index(tmp_path: Path) -> None:
     with path.open("w") as file:
         for number in range(ROWS):
             answer = "x" * 300 if number % 1000 == 7 else f"{number + 1}"  # some are too long
-            row = {"chosen": f"After {number}: {answer}", "rejected": f"After {number}: who knows"}
+            asked = f"Question {number} of very many: what comes after it?"
+            row = {"chosen": f"{asked} {answer}", "rejected": f"{asked} who knows"}
             file.write("no json\n" if number % 1000 == 3 else json.dumps(row) + "\n")
     ran = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -58,5 +61,6 @@ def test_memory_grows_by_little_more_than_the_index(tmp_path: Path) -> None:
     assert heldout == pytest.approx(0.1 * (ROWS - 200), abs=1)
     assert seen == 400
     assert spread > 0.9 * ROWS  # one shuffle of the whole file, not of a window
-    # The rows themselves take 6 MB, their index 3.2; a million may take 200.
+    assert path.stat().st_size > row_index.BYTES_WORTH_WORKERS  # by worker processes, as large files are
+    # The rows take 17 MB, their index 3.2; a million may take 200.
     assert grown < 40

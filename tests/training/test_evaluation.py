@@ -15,7 +15,7 @@ from training.utils import DpoObjective, ReconnectableClient, build_service_clie
 from training.utils.evaluation import Answers, drawn_by_prompt, evaluate
 from training.utils.pair_sets import select_pairs
 from training.utils.pairs import Rendering
-from training.utils.reference_pass import open_references
+from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 
@@ -68,7 +68,7 @@ def test_metrics_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
         closing(select_pairs(index_rows(str(path), renderer), renderer, Rendering())) as selected,
     ):
         policy = service.create_training_client()
-        with open_references(service, renderer, "lazy") as references:
+        with closing(References(service, renderer, "lazy")) as references:
             pairs = selected.pairs
             data = [datum for pair in pairs.take(range(3)) for datum in pair.datums]
             policy.forward_backward(data)  # any step away from the reference

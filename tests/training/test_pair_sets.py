@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,45 @@ def test_a_file_that_is_replaced_is_still_read_as_it_was_and_a_changed_one_is_re
     with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
         with open(path, "a") as file:
             file.write(json.dumps(row("e", "f")) + "\n")
-        with pytest.raises(DataError, match="was changed while it is trained on"):
+        with pytest.raises(DataError, match="was changed since its rows were checked"):
             selected.pairs.take([0])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzipped"])
+def test_a_file_that_is_replaced_between_check_and_training_is_refused(
+    tmp_path: Path, renderer: Renderer, packed: bool
+) -> None:
+    paths = [
+        write(tmp_path, row("a", "b"), name="one.jsonl"),
+        write(tmp_path, row("c", "d"), name="two.jsonl"),
+    ]
+    if packed:
+        for path in map(Path, paths):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    index = index_rows(paths[0], renderer)
+    Path(paths[1]).rename(paths[0])  # rows of the same lengths, at the same places
+    with pytest.raises(DataError, match="was changed since its rows were checked"):
+        select_pairs(index, renderer, Rendering())
+
+
+DATED = "{{ strftime_now('%d %B %Y') }}\n" + str(byte_tokenizer().chat_template)
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_start_all_along(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(DATED)
+    days = [date(2026, 5, 9), date(2026, 11, 10)]  # of other lengths: 09 May 2026, 10 November 2026
+    path = write(tmp_path, row("a", "b"))
+    indexes, texts = [], []
+    for today in days:
+        renderer = Renderer(tokenizer, today=today)
+        indexes.append(index_rows(path, renderer))
+        with closing(select_pairs(indexes[-1], renderer, Rendering())) as selected:
+            texts.append(tokenizer.decode(selected.pairs.take([0])[0].chosen.model_input.to_ints()))
+    assert [text[:16].strip() for text in texts] == ["09 May 2026\n<|im"[:16].strip(), "10 November 2026"]
+    assert indexes[0].folder != indexes[1].folder
+    assert Renderer(tokenizer, today=days[0]).identity != Renderer(tokenizer, today=days[1]).identity
+    undated = byte_tokenizer()
+    assert Renderer(undated, today=days[0]).identity == Renderer(undated, today=days[1]).identity
 
 
 def test_batches_come_in_order_rendered_by_another_thread(tmp_path: Path, renderer: Renderer) -> None:
@@ -248,8 +286,10 @@ def test_workers_give_the_same_index(tmp_path: Path, catalogued: Renderer, home:
     given_rows = [row("a" * (1 + i % 5), "b", f"Q{i}") if i % 7 else "no json" for i in range(40)]
     path = write(tmp_path, *given_rows)
     said: list[tuple[int, int]] = []
-    by_workers = index_rows(path, catalogued, "skip", lambda rows, offset: said.append((rows, offset)))
-    assert said[-1][0] == 40
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_index, "check_rows", None)  # this process checks nothing itself
+        by_workers = index_rows(path, catalogued, "skip", lambda rows, offset: said.append((rows, offset)))
+    assert said[-1][0] == 39
     home.rename(home.with_name("elsewhere"))
     alone = index_rows(path, Renderer(catalogued.tokenizer), "skip")  # without a source: in this process
     content = np.load(home.with_name("elsewhere") / "row_indexes" / by_workers.folder.name / "rows.npy")
@@ -294,6 +334,38 @@ def test_a_killed_reading_leaves_nothing_that_is_taken_for_an_index(tmp_path: Pa
     process.communicate()
     assert not [p for p in (home / "row_indexes").iterdir() if not p.name.startswith(".")]
     assert len(index_rows(path, Renderer.load("tiny-llama")).rows) == 4000
+
+
+def test_two_processes_that_index_one_file_at_once_both_have_the_index(tmp_path: Path, home: Path) -> None:
+    path = write(tmp_path, *(row("a" * (1 + i % 50), "b", f"Q{i}") for i in range(500)))
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from training.utils.rendering import Renderer; from training.utils.row_index import index_rows\n"
+        "renderer = Renderer.load('tiny-llama'); renderer.identity; print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        f"print(len(index_rows({path!r}, renderer).rows))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    said = [process.communicate("go\n", timeout=100)[0] for process in processes]
+    assert said == ["500\n", "500\n"]
+    assert len(list((home / "row_indexes").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("workers_for_every_file")
+def test_a_users_module_with_one_of_our_names_is_not_taken_by_a_worker(
+    tmp_path: Path, catalogued: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "training.py").write_text("raise SystemExit('the user's own')")
+    monkeypatch.chdir(tmp_path)
+    assert len(index_rows(write(tmp_path, row("a", "b")), catalogued).rows) == 1
 
 
 def test_scripts_without_a_main_guard_may_use_workers(tmp_path: Path) -> None:

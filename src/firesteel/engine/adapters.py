@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from firesteel.engine.models import BaseModel
 
 
+# Of the size of peft's A for a layer of some thousand inputs: both halves then have gradients of one size.
+EXERCISE = 0.02
+
+
 class AdaptedLinear(PeftLinear):  # type: ignore[misc]
     """peft's layer in all but its forward, which takes three passes over the layer's output more than it needs."""
 
@@ -87,6 +91,24 @@ class Adapter:
             yield
         finally:
             switch_adapter(self._base.network, None)
+
+    @contextmanager
+    def exercised(self) -> Iterator[None]:
+        """Small seeded numbers in place of a B that is zero, as it is before the first step; afterwards zero again.
+
+        With B = 0 the adapter adds nothing and A has no gradient: errors in either would not show.
+        """
+        generator = torch.Generator().manual_seed(0)
+        fresh = [p for name, p in self.parameters().items() if ".lora_B." in name and not p.any()]
+        with torch.no_grad():
+            for parameter in fresh:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * EXERCISE)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter in fresh:
+                    parameter.zero_()
 
     def write(self, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `peft` reads them."""

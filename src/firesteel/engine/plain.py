@@ -32,14 +32,16 @@ def plain_layers(network: PreTrainedModel, attention: PlainAttention) -> Iterato
 def plain_pass(network: PreTrainedModel, tokens: IntArray, asked: Asked) -> torch.Tensor:
     """Log-probabilities shaped like the targets, 0.0 at what was not asked for; with a graph if gradients are on."""
     logits = network(input_ids=torch.from_numpy(tokens)[None].to(network.device), use_cache=False).logits[0]
+    rows = np.unique(asked.places // (asked.targets.size // len(tokens)))
     # In float32 the sum over a large vocabulary would be wrong by more than all that is compared here.
-    wide = logits.double()
-    targets = torch.from_numpy(asked.targets).to(logits.device)
-    picked = wide.log_softmax(dim=-1).gather(1, targets.reshape(len(targets), -1))
-    scores: torch.Tensor = picked.reshape(targets.shape)
+    wide = logits[torch.from_numpy(rows).to(logits.device)].double()
+    targets = torch.from_numpy(asked.targets[rows]).to(logits.device)
+    picked = wide.log_softmax(dim=-1).gather(1, targets.reshape(len(rows), -1)).reshape(targets.shape)
     if asked.scored is not None:
-        scores = scores.where(torch.from_numpy(asked.scored).to(scores.device), scores.new_zeros(()))
-    return scores
+        picked = picked.where(torch.from_numpy(asked.scored[rows]).to(picked.device), picked.new_zeros(()))
+    scores = picked.new_zeros(asked.targets.shape)
+    placed: torch.Tensor = scores.index_copy(0, torch.from_numpy(rows).to(scores.device), picked)
+    return placed
 
 
 def sketch(parameters: Iterable[nn.Parameter]) -> GradientSketch:
@@ -52,12 +54,14 @@ def sketch(parameters: Iterable[nn.Parameter]) -> GradientSketch:
     generator = torch.Generator().manual_seed(0)
     squares, projection = 0.0, np.zeros(SKETCH_SIZE)
     for parameter in parameters:
+        # Drawn for one without a gradient, too: the next must get the signs that it gets on another path.
+        shape = (parameter.numel(),)
+        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
         if parameter.grad is None:
             continue
         gradient = parameter.grad.detach().flatten().cpu()
         gradient = gradient if gradient.dtype is torch.float64 else gradient.float()
         squares += float(gradient.double().square().sum())
-        signs = torch.randint(0, 2, gradient.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
         signed = nn.functional.pad(gradient * signs, (0, -len(gradient) % SKETCH_SIZE))
         projection += signed.view(-1, SKETCH_SIZE).sum(0, dtype=torch.float64).numpy()
     return GradientSketch(squares**0.5, projection)

@@ -210,7 +210,8 @@ class Trainer:
         network = self.base.network
         found: list[FloatArray] = [np.empty(0, np.float32)] * len(sequences.tokens)
         path = plain_layers(network, attention) if attention else nullcontext()
-        with torch.set_grad_enabled(slopes is not None), self._weights(), path:
+        seen = self._adapter.exercised() if self._adapter else nullcontext()
+        with torch.set_grad_enabled(slopes is not None), self._weights(), path, seen:
             try:
                 passes = self._plain_passes(sequences) if attention else self._passes(sequences)
                 for scored in passes:

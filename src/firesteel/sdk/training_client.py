@@ -137,39 +137,39 @@ class TrainingClient:
             raise
 
     def verify(
-        self, data: Iterable[Any], loss_fn: CustomLoss, *, weighted_only: bool = False
+        self,
+        data: Iterable[Any],
+        loss_fn: CustomLoss,
+        *,
+        weighted_only: bool = False,
+        timeout: float | None = None,
     ) -> Verification:
         """Compare what `forward_backward_custom` would compute with transformers' own forward, on this data.
 
-        Log-probabilities, loss, gradient norm and a random projection of the gradient. Changes nothing; refused
-        while a gradient waits for its `optim_step`. Costs three forwards and backwards, two of them plain, and
-        blocks until they are done.
+        Log-probabilities, loss, gradient norm and a random projection of the gradient. An adapter that is still
+        zero is given small numbers meanwhile: otherwise half of its arithmetic would not be seen. Changes nothing;
+        refused while a gradient waits for its `optim_step`. Costs six forwards and three backwards, two thirds of
+        them plain, and blocks until they are done; `timeout` is for each of them.
         """
         passed = list(data)
         ours = self._checked(_without_extras(passed), "cross_entropy", None, weighted_only)
         ways: dict[str, PlainAttention | None] = {"fast": None, "eager": "eager", "sdpa": "sdpa"}
-        paths = {name: self._examine(passed, ours, loss_fn, way, weighted_only) for name, way in ways.items()}
-        return compare(paths, self.description.shape.dtype)
 
-    def _examine(
-        self,
-        passed: list[Any],
-        ours: tuple[Datum, ...],
-        loss_fn: CustomLoss,
-        attention: PlainAttention | None,
-        weighted_only: bool,
-    ) -> ExaminedPath:
-        def ask(slopes: tuple[FloatArray, ...] | None) -> Examined:
+        def ask(way: PlainAttention | None, slopes: tuple[FloatArray, ...] | None) -> Examined:
             future: APIFuture[Examined] = self._send(
-                lambda seq: Examine(self.model_id, seq, ours, attention, slopes, weighted_only)
+                lambda seq: Examine(self.model_id, seq, ours, way, slopes, weighted_only)
             )
-            return future.result()
+            return future.result(timeout)
 
-        logprobs = ask(None).logprobs
-        slopes, metrics = _differentiate(loss_fn, passed, logprobs)
-        gradient = ask(slopes).gradient
-        assert gradient is not None
-        return ExaminedPath(logprobs, metrics["loss:sum"], slopes, gradient)
+        def examine(way: PlainAttention | None) -> ExaminedPath:
+            logprobs = ask(way, None).logprobs
+            slopes, metrics = _differentiate(loss_fn, passed, logprobs)
+            gradient = ask(way, slopes).gradient
+            assert gradient is not None
+            return ExaminedPath(logprobs, metrics["loss:sum"], slopes, gradient)
+
+        paths = {name: examine(way) for name, way in ways.items()}
+        return compare(paths, self.description.shape.dtype)
 
     def optim_step(self, adam_params: Any) -> APIFuture[OptimStepResponse]:
         """One AdamW step with these settings on the gradient added so far, which it clears."""

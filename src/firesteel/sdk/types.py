@@ -304,7 +304,7 @@ class GradientSketch:
     """A random projection to few numbers, the same for every gradient: distances survive it."""
 
     def distance(self, other: GradientSketch) -> float:
-        """Norm of the difference of the two gradients, within some 10 %."""
+        """Norm of the difference of the two gradients, within some 4 %."""
         return float(np.linalg.norm(self.projection - other.projection))
 
 

@@ -31,7 +31,7 @@ from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
 from training.utils.pair_sets import PairSet, select_pairs
 from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
-from training.utils.reference_pass import ReferenceMode, References, open_references
+from training.utils.reference_pass import ReferenceMode, References
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 from training.utils.run_folder import RunFolder
@@ -156,7 +156,7 @@ class RunSummary:
     reference_job_id: str | None
     """None where the reference shared the policy's base."""
     reference_seconds: float
-    """For the reference's log-probabilities of all rows, from the cache or computed."""
+    """For the reference's log-probabilities, from the cache or computed; of a lazy reference, within the training."""
     training_seconds: float
     """From the first step to the last, evaluations between them included."""
 
@@ -242,11 +242,10 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
     )
     policy = ReconnectableClient.from_training_client(client)
-    with open_references(service, run.renderer, config.reference_pass) as references:
-        if config.reference_pass == "upfront":
-            references.run_pass((run.split.train, run.split.heldout), run.display, config.seed)
+    with closing(References(service, run.renderer, config.reference_pass)) as references:
         if config.verify:
             verify_first_batch(run, policy, references)
+        references.prepare((run.split.train, run.split.heldout), run.display, config.seed)
         before = evaluate_heldout(run, policy, references, step=0)
         answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
         answers_before = answers.of(policy)
@@ -255,8 +254,7 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         run.display.say(f"exported: {export}")
         steps = run.epochs.total_steps
         after = evaluate_heldout(run, policy, references, steps)
-        if config.reference_pass == "lazy":
-            run.display.say(references.summary)
+        references.finish(run.display)
         for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
             run.display.say(line)
         job_ids = service.trainer_job_id, references.job_id
@@ -266,8 +264,9 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
 def train_epochs(run: Run, policy: ReconnectableClient, references: References) -> float:
     """All steps, the next rows being rendered meanwhile; returns the seconds they took."""
     config, epochs, started = run.config, run.epochs, time.monotonic()
-    taken = run.split.train.taken_ahead(batch.rows for batch in epochs.batches())
-    with run.display.bar(Stage("training", config.epochs * len(run.split.train))) as bar:
+    ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches())
+    stage = Stage("training", config.epochs * len(run.split.train))
+    with closing(ahead) as taken, run.display.bar(stage) as bar:
         for batch, rows in zip(epochs.batches(), taken, strict=True):
             metrics = train_step(run, policy, batch, rows.pairs, references)
             run.metrics.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
@@ -305,10 +304,13 @@ def train_step(
 
 
 def verify_first_batch(run: Run, policy: ReconnectableClient, references: References) -> None:
-    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`."""
+    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`.
+
+    Nothing is cached before: what a wrong path computes must not be there for the next run.
+    """
     first = next(run.epochs.batches())
     pairs = run.split.train.take(first.rows)
-    loss = make_dpo_loss(pairs, references.of(pairs), run.objective)
+    loss = make_dpo_loss(pairs, references.asked_now(pairs), run.objective)
     data = [datum for pair in pairs for datum in pair.datums]
     verification = policy.verify(data, loss, weighted_only=True)
     for line in verification.lines:

@@ -73,7 +73,7 @@ class ReconnectableClient:
 
     def verify(self, data: Iterable[Any], loss_fn: Any, *, weighted_only: bool = False) -> Verification:
         """See `TrainingClient.verify`."""
-        return self._client.verify(data, loss_fn, weighted_only=weighted_only)
+        return self._client.verify(data, loss_fn, weighted_only=weighted_only, timeout=self._timeout)
 
     def optim_step(self, adam_params: Any) -> OptimStepResponse:
         """See `TrainingClient.optim_step`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -110,7 +110,7 @@ class PairSet:
         numbers = (range(start, min(start + size, len(self))) for start in starts)
         return (taken.pairs for taken in self.taken_ahead(numbers))
 
-    def taken_ahead(self, batches: Iterable[Sequence[int]]) -> Iterator[TakenBatch]:
+    def taken_ahead(self, batches: Iterable[Sequence[int]]) -> Generator[TakenBatch]:
         """The pairs of each batch, rendered by a thread while the batches before it are worked on."""
         pending: deque[Future[list[PreferencePair]]] = deque()
         numbers = iter(batches)

@@ -36,6 +36,7 @@ PROBE_PAIRS = 4
 # moves it by much more.
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.25}
 LOCK_SECONDS = 60
+WRITTEN_REMEMBERED = 100_000
 _ELSEWHERE = "set FIRESTEEL_HOME to a writable folder"
 _SCHEMA_VERSION = 1
 _SCHEMA = (
@@ -89,6 +90,9 @@ class ReferenceCache:
         self._scope = hashlib.sha256(scope.encode()).digest()
         self._tolerance = TOLERANCE[identity.numerics.split()[0]]
         self._path = path
+        self._written: set[bytes] = (
+            set()
+        )  # by this run: to compare these with what it computes would show nothing
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,9 +164,10 @@ class ReferenceCache:
     def complete(
         self, block: Sequence[PreferencePair], reference: Reference, probes: int = 0
     ) -> CacheStatistics:
-        """The same for one block; its first `probes` cached pairs are the sample."""
+        """The same for one block; its first `probes` pairs that an earlier run has cached are the sample."""
         statistics, cached = self._complete(block, reference)
-        return statistics + self.probe(cached[:probes], reference)
+        earlier = [pair for pair in cached if self._written.isdisjoint(map(self._key, pair.datums))]
+        return statistics + self.probe(earlier[:probes] if probes else [], reference)
 
     def read(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
         """The values of pairs that are there. Raises `DataError` for one that is not."""
@@ -174,6 +179,10 @@ class ReferenceCache:
         with self._explained():
             self._probe(pairs, reference)
         return CacheStatistics(0, 0, 0, len(pairs), 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
 
     def _complete(
         self, block: Sequence[PreferencePair], reference: Reference
@@ -188,10 +197,6 @@ class ReferenceCache:
         tokens = sum(pair.tokens for pair in block)
         return CacheStatistics(len(cached), missing, damaged, 0, tokens), cached
 
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
-
     def _compute(self, block: Sequence[PreferencePair], reference: Reference) -> int:
         """Compute a whole block and commit it; entries that are there stay. Returns how many pairs were damaged."""
         outputs = _forward(reference, block)
@@ -205,6 +210,8 @@ class ReferenceCache:
                     damaged.add(index)
                 values = output["logprobs"].to_numpy()[_scored(datum)].astype("<f4").tobytes()
                 row = (key, values, zlib.crc32(values))
+                if len(self._written) < WRITTEN_REMEMBERED:
+                    self._written.add(key)
                 self._database.execute("INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?)", row)
         return len(damaged)
 
@@ -253,6 +260,17 @@ class ReferenceCache:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part.tobytes())
         return digest.digest()
+
+
+def reference_logprobs(reference: Reference, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
+    """What the reference says of the scored tokens of these pairs, computed together."""
+    outputs = _forward(reference, pairs)
+    datums = [datum for pair in pairs for datum in pair.datums]
+    scored = [
+        output["logprobs"].to_numpy()[_scored(datum)].astype(np.float32)
+        for output, datum in zip(outputs, datums, strict=True)
+    ]
+    return [PairLogprobs(*scored[place : place + 2]) for place in range(0, len(scored), 2)]
 
 
 def _forward(reference: Reference, pairs: Sequence[PreferencePair]) -> list[dict[str, TensorData]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Literal
 
 from firesteel.sdk import ServiceClient
@@ -14,7 +13,13 @@ from training.utils.losses import PairLogprobs
 from training.utils.pair_sets import PairSet
 from training.utils.pairs import PreferencePair
 from training.utils.progress import Display, Stage
-from training.utils.reference_cache import BLOCK_PAIRS, PROBE_PAIRS, CacheStatistics, ReferenceCache
+from training.utils.reference_cache import (
+    BLOCK_PAIRS,
+    PROBE_PAIRS,
+    CacheStatistics,
+    ReferenceCache,
+    reference_logprobs,
+)
 from training.utils.rendering import Renderer
 
 ReferenceMode = Literal["upfront", "lazy"]
@@ -24,8 +29,8 @@ class References:
     """The reference's log-probabilities, most of them perhaps in the cache of earlier runs."""
 
     def __init__(self, service: ServiceClient, renderer: Renderer, mode: ReferenceMode) -> None:
-        self.mode = mode
-        self.statistics = CacheStatistics(0, 0, 0, 0, 0)
+        self._mode = mode
+        self._statistics = CacheStatistics(0, 0, 0, 0, 0)
         self.seconds = 0.0
         """For what was computed or looked up; the load of a separate reference is not in it."""
         self._service = service
@@ -35,36 +40,45 @@ class References:
         path = home() / "reference_cache.sqlite"
         self._cache = ReferenceCache(path, self._client.identify(), renderer.identity)
 
-    def run_pass(self, sets: Sequence[PairSet], display: Display, seed: int) -> None:
-        """Upfront: complete the cache, all pairs in blocks in the order of their files, and let the reference go."""
+    def prepare(self, sets: Sequence[PairSet], display: Display, seed: int) -> None:
+        """Upfront: complete the cache, all pairs in blocks in the order of their files, and let the reference go.
+
+        Lazy: nothing yet. A reference of its own is then kept until the service closes.
+        """
+        if self._mode == "lazy":
+            return
         started = time.monotonic()
         stage = Stage("reference", sum(map(len, sets)), seconds_between_lines=10)
         with display.bar(stage) as bar:
             blocks = (block for pairs in sets for block in pairs.blocks(BLOCK_PAIRS))
-            self.statistics = self._cache.fill(blocks, self._client, bar.advance, seed)
+            self._statistics = self._cache.fill(blocks, self._client, bar.advance, seed)
         self.seconds = time.monotonic() - started
         display.say(self.summary)
         self._service.release_references()
 
     def of(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
         """The values of these pairs, in order. Lazy: what is missing is computed, all of these pairs together."""
-        if self.mode == "lazy":
+        if self._mode == "lazy":
             started = time.monotonic()
-            probes = PROBE_PAIRS - self.statistics.probed
-            self.statistics += self._cache.complete(pairs, self._client, max(probes, 0))
+            probes = PROBE_PAIRS - self._statistics.probed
+            self._statistics += self._cache.complete(pairs, self._client, max(probes, 0))
             self.seconds += time.monotonic() - started
         return self._cache.read(pairs)
+
+    def asked_now(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
+        """The values of these pairs as the reference computes them now; no cache is read or written."""
+        return reference_logprobs(self._client, pairs)
+
+    def finish(self, display: Display) -> None:
+        """Say what a lazy reference came to."""
+        if self._mode == "lazy":
+            display.say(self.summary)
 
     @property
     def summary(self) -> str:
         """For people."""
-        return f"reference: {self.statistics.summary} in {self.seconds:.1f} s"
+        return f"reference: {self._statistics.summary} in {self.seconds:.1f} s"
 
     def close(self) -> None:
         """Close the cache."""
         self._cache.close()
-
-
-def open_references(service: ServiceClient, renderer: Renderer, mode: ReferenceMode) -> closing[References]:
-    """To be used in a `with` statement, after the policy was created."""
-    return closing(References(service, renderer, mode))

@@ -180,3 +180,18 @@ def test_help_loads_no_model_code() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("loaded: []\n")
+
+
+def test_a_fast_path_that_differs_is_one_line_and_exit_code_1(config_file: Path) -> None:
+    script = (
+        "import sys; sys.argv = ['firesteel', 'dpo', sys.argv[1], '--verify']\n"
+        "from firesteel.engine import attention\n"
+        "right = attention._by_segments\n"
+        "attention._by_segments = lambda *given: right(*given) * 1.0002\n"
+        "from firesteel.cli.main import run\nrun()\n"
+    )
+    command = [sys.executable, "-c", script, str(config_file)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error[verification]: the fast path does not give the numbers"), ran.stderr
+    assert "DIFFERS" in ran.stdout

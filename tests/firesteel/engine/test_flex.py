@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from firesteel.engine.attention import TreeMask, tree_attention
 from firesteel.engine.flex import attend, tree_blocks
@@ -37,6 +38,33 @@ def test_values_are_those_of_the_segments(batch: list[list[int]], seed: int) -> 
     by_segments, _ = tree_attention(torch.nn.Identity(), query, key, value, None, 0.3, tree=mask)
     by_blocks = attend(query, key, value, tree_blocks(tree, CPU), 0.3).transpose(1, 2)
     torch.testing.assert_close(by_segments, by_blocks, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=3)
+)
+def test_the_blocks_are_those_that_looking_at_every_place_finds(pairs: list[tuple[int, int, int]]) -> None:
+    batch = [
+        np.concatenate([np.full(prompt, number), np.full(answer, 10 + side)])
+        for number, (prompt, *answers) in enumerate(pairs)
+        for side, answer in enumerate(answers)
+    ]
+    tree = pack(batch)
+    ours = tree_blocks(tree, CPU)
+    length = len(tree.tokens)
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    for counts, keys in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        for one, other in zip(listed(ours, counts, keys), listed(theirs, counts, keys), strict=True):
+            assert one == other
+
+
+def listed(blocks: BlockMask, counts: str, keys: str) -> list[set[int]]:
+    """For each block of queries, the blocks of keys."""
+    return [
+        set(row[:count].tolist())
+        for count, row in zip(getattr(blocks, counts)[0, 0], getattr(blocks, keys)[0, 0], strict=True)
+    ]
 
 
 def test_blocks_without_anything_visible_are_skipped() -> None:
