@@ -62,8 +62,10 @@ def plain_logits(network: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 def plain_logprobs(network: PreTrainedModel, datum: Datum) -> torch.Tensor:
     """Log-probabilities of one datum's targets, shaped like them, with a graph if gradients are on."""
     targets = datum.loss_fn_inputs["target_tokens"].to_torch()
-    scores = plain_logits(network, datum.model_input.to_ints()).log_softmax(dim=-1)
-    return scores.gather(1, targets.reshape(len(targets), -1)).reshape(targets.shape)
+    logits = plain_logits(network, datum.model_input.to_ints())
+    # In float32, torch's sum over a large vocabulary is off by more than what is compared here (ADR 7).
+    scores = logits.double().log_softmax(dim=-1).gather(1, targets.reshape(len(targets), -1))
+    return scores.reshape(targets.shape).to(logits.dtype)
 
 
 @contextmanager

@@ -7,13 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from firesteel import store
 from firesteel.catalog import load_catalog
 from plain import load_plain, plain_logprobs
-from training.utils import ReconnectableClient, build_service_client
+from training.utils import (
+    DpoObjective,
+    PreferencePair,
+    ReconnectableClient,
+    build_service_client,
+    make_dpo_loss,
+)
+from training.utils.losses import PairLogprobs
 from training.utils.pairs import render_pairs
 from training.utils.preference_data import read_preferences
 from training.utils.rendering import Renderer
@@ -41,6 +49,30 @@ def test_log_probabilities_differ_by_at_most_twice_what_eager_and_sdpa_differ_by
     difference = max(float((a - b).abs().max()) for a, b in zip(eager, ours, strict=True))
     assert 0 < theirs < 1e-3
     assert difference <= 2 * theirs, f"ours {difference:.2e}, eager against sdpa {theirs:.2e}"
+
+
+@pytest.mark.parametrize("rank", [16, 0], ids=["lora", "full"])
+def test_verify_agrees_on_rows_of_the_demo(rank: int) -> None:
+    rows = read_preferences(ROOT / "examples/preferences/train.jsonl")
+    pairs = render_pairs(rows, Renderer.load(NAME), max_pairs=4).pairs
+    rng = np.random.default_rng(0)
+    references = [
+        PairLogprobs(*(rng.normal(-2, 1, int(mask.sum())).astype(np.float32) for mask in masks(pair)))
+        for pair in pairs
+    ]
+    loss = make_dpo_loss(pairs, references, DpoObjective(0.1))
+    with build_service_client(base_model=NAME, lora_rank=rank) as service:
+        data = [datum for pair in pairs for datum in pair.datums]
+        verification = service.create_training_client().verify(data, loss, weighted_only=True)
+    verification.refuse_disagreement()
+    logprob, _, _, gradient = verification.differences
+    assert logprob.found > 0
+    assert logprob.allowed < 1e-3
+    assert 0 < gradient.found < 1e-3
+
+
+def masks(pair: PreferencePair) -> list[np.ndarray]:
+    return [datum.loss_fn_inputs["weights"].to_numpy() for datum in pair.datums]
 
 
 def test_the_demo_learns_its_preference_within_its_limits(tmp_path: Path) -> None:

@@ -227,7 +227,8 @@ def test_a_template_that_prints_the_date_prints_that_of_the_start_all_along(tmp_
         indexes.append(index_rows(path, renderer))
         with closing(select_pairs(indexes[-1], renderer, Rendering())) as selected:
             texts.append(tokenizer.decode(selected.pairs.take([0])[0].chosen.model_input.to_ints()))
-    assert [text[:16].strip() for text in texts] == ["09 May 2026\n<|im"[:16].strip(), "10 November 2026"]
+    assert texts[0].startswith("09 May 2026")
+    assert texts[1].startswith("10 November 2026")
     assert indexes[0].folder != indexes[1].folder
     assert Renderer(tokenizer, today=days[0]).identity != Renderer(tokenizer, today=days[1]).identity
     undated = byte_tokenizer()
