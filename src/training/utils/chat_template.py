@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
@@ -44,8 +45,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, today: date) -> None:
         self.tokenizer = tokenizer
-        # Some templates print the date. Rows are rendered more than once, and past midnight they must stay the same.
-        self._variables = {"strftime_now": datetime.combine(today, time()).strftime} if self.dated else {}
+        self._template = _with_date(tokenizer.chat_template, datetime.combine(today, time()))
         self._shown_roles: dict[str, bool] = {}
 
     @property
@@ -67,7 +67,7 @@ class ChatTemplate:
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=header,
                 tokenize=False,
-                **self._variables,
+                chat_template=self._template,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
@@ -142,3 +142,15 @@ class ChatTemplate:
             return text != self._text((*messages[:index], other, *messages[index + 1 :]), tools, header=False)
         except RenderError:
             return True
+
+
+def _with_date(template: object, now: datetime) -> str | None:
+    """A template that prints this date wherever it asks for today's; None leaves it to the tokenizer.
+
+    Rows are rendered more than once, and must stay the same past midnight. Templates ask by a literal format; one
+    that does not is left as it is.
+    """
+    if not isinstance(template, str):
+        return None  # none, or several by name
+    asking = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(asking, lambda found: repr(now.strftime(found[2])), template)

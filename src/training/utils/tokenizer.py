@@ -46,7 +46,13 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Any, *, tools: Any, add_generation_prompt: bool, tokenize: bool, **variables: Any
+        self,
+        conversation: Any,
+        *,
+        tools: Any,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        chat_template: Any,
     ) -> Any:
         """The text of a conversation."""
         ...
