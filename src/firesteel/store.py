@@ -33,19 +33,10 @@ from firesteel.catalog import ModelEntry
 from firesteel.fetching import Progress
 from firesteel.model_sources import MAKERS, TOKENIZER_FILES, sha256_of, sha256_of_gguf, tokenizer_from_hub
 from firesteel.sdk.errors import ModelError
+from firesteel.sealed import MANIFEST, SealedFile, sync
 
-MANIFEST = "manifest.json"
 _SHARD_INDEX = "model.safetensors.index.json"
 _FORMAT = 2  # raised when the same source gives other files than before: a new folder, no stale one
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of a stored model: its size in bytes and the SHA-256 of its content."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Manifest:
     name: str
     source: str
     revision: str | None
-    files: tuple[StoredFile, ...]
+    files: tuple[SealedFile, ...]
 
 
 def home() -> Path:
@@ -169,7 +160,7 @@ def read_manifest(folder: Path, name: str = "NAME") -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
-        files = tuple(StoredFile(**file) for file in content.pop("files"))
+        files = tuple(SealedFile(**file) for file in content.pop("files"))
         return Manifest(**content, files=files)
     except FileNotFoundError:
         raise _damaged(path, "is missing", name) from None
@@ -225,7 +216,7 @@ def _make_under_lock(making: _Making) -> None:
         if folder.exists():
             folder.rename(partial / "replaced")
         made.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -248,20 +239,12 @@ def _seal(made: Path, entry: ModelEntry, revision: str | None, progress: Progres
     for path in sorted(made.iterdir()):
         if path.stat().st_nlink == 1:  # a second name of a file in the hub's cache keeps that cache's mode
             path.chmod(0o444)
-        _sync(path)
-        files.append(StoredFile(path.name, path.stat().st_size, sha256_of(path, progress)))
+        sync(path)
+        files.append(SealedFile(path.name, path.stat().st_size, sha256_of(path, progress)))
     manifest = Manifest(entry.name, entry.source, revision, tuple(files))
     (made / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    _sync(made / MANIFEST)
-    _sync(made)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(made / MANIFEST)
+    sync(made)
 
 
 def _check_model_files(folder: Path, name: str) -> None:

@@ -9,41 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runs import config, write_rows
 from safetensors.numpy import load_file
 
 from firesteel.engine import attention
-from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, NotBuiltYetError, VerificationFailed
+from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, VerificationFailed
 from training.recipes.dpo_loop import Config, RunSummary, main
 from training.utils.evaluation import Answers
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
-
-
-def write_rows(path: Path, count: int, start: int = 0) -> str:
-    """Learnable pairs: the answer `yes` is preferred to `nope`."""
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"Question {index}?"}],
-            "chosen": [{"role": "assistant", "content": f"yes {index}"}],
-            "rejected": [{"role": "assistant", "content": f"nope {index}"}],
-        }
-        for index in range(start, start + count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def config(tmp_path: Path, count: int = 6, **settings: Any) -> Config:
-    values = {
-        "log_path": str(tmp_path / "run"),
-        "base_model": "tiny-llama",
-        "dataset": write_rows(tmp_path / "pairs.jsonl", count),
-        "lora_rank": 4,
-        "learning_rate": 3e-3,
-        "batch_size": 2,
-        **settings,
-    }
-    return Config(**values)
 
 
 def records(path: Path) -> list[dict[str, float]]:
@@ -81,6 +55,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_exports(tmp_path: Path, 
         "metrics.jsonl",
         "bad_rows.jsonl",
         "samples.jsonl",
+        "summary.json",
         "adapter" if rank else "model",
     }
     assert json.loads((run / "config.json").read_text())["beta"] == 0.1
@@ -440,11 +415,6 @@ def test_settings_that_contradict_each_other_are_not_drowned_in_all_the_others(t
     with pytest.raises(ConfigError) as caught:
         config(tmp_path, eval_interval=3)
     assert len(str(caught.value)) < 100
-
-
-def test_checkpoints_are_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltYetError, match="dcp_save_interval"):
-        config(tmp_path, dcp_save_interval=5)
 
 
 def test_a_tilde_is_the_users_home_in_yaml_as_in_a_shell(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ RUN = {"log_path": "x", "base_model": "tiny-llama", "dataset": "pairs.jsonl"}
 
 def start(path: Path, **config: object) -> Path | None:
     """A run that ends at once; where the one before it went."""
-    run, previous = RunFolder.start(str(path), {**RUN, **config})
+    run = RunFolder.open(str(path))
+    previous = run.set_aside()
+    run.write_config({**RUN, **config})
     run.close()
     return previous
 
@@ -42,7 +44,7 @@ def test_a_gap_in_the_numbers_is_never_filled(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_a_folder_is_refused_by_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"log_path: .*file/run: .*can be written to"):
-        RunFolder.start(str(tmp_path / "file/run"), {})
+        RunFolder.open(str(tmp_path / "file/run"))
 
 
 def test_the_folder_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match=r"holds config\.json, model, but is not the folder of a run"):
-        RunFolder.start(str(tmp_path), RUN)
+        RunFolder.open(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model"]
     (tmp_path / "config.json").unlink()
     (tmp_path / "model").rmdir()
@@ -62,8 +64,8 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path: Path) -> None:
-    first, _ = RunFolder.start(str(tmp_path), RUN)
-    with pytest.raises(ConfigError, match="another run is writing to"):
-        RunFolder.start(str(tmp_path), RUN)
+    first = RunFolder.open(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"another run \(process \d+ on .*\) is writing to"):
+        RunFolder.open(str(tmp_path))
     first.close()
     assert start(tmp_path) == tmp_path / "previous-1"

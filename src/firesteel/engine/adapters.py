@@ -75,7 +75,11 @@ class Adapter:
         switch_adapter(base.network, None)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's own weights by name."""
+        """The adapter's own weights, by names that do not hold the adapter's."""
+        return {name.replace(f".{self._name}.", "."): p for name, p in self._own_parameters().items()}
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the network, which hold several adapters."""
         marker = f".{self._name}."
         return {
             name: p
@@ -114,7 +118,7 @@ class Adapter:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `peft` reads them."""
         state = get_peft_model_state_dict(
             self._base.network,
-            state_dict={name: p.detach() for name, p in self.parameters().items()},
+            state_dict={name: p.detach() for name, p in self._own_parameters().items()},
             adapter_name=self._name,
             save_embedding_layers=False,
         )

@@ -6,7 +6,9 @@ import logging
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from firesteel.engine.host import Host
@@ -14,15 +16,10 @@ from firesteel.engine.memory import keep_freed_memory
 from firesteel.engine.ordering import ModelOrder, new_future
 from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, OperationFailed
 from firesteel.sdk.operations import (
-    Backward,
     CreateBaseReference,
     CreateModel,
-    Examine,
-    Forward,
-    ForwardBackward,
     Operation,
-    OptimStep,
-    SaveWeights,
+    OrderedOperation,
     UnloadModel,
     operation_name,
 )
@@ -53,17 +50,16 @@ class Engine:
         with self._wake:
             if self._closed:
                 raise ClosedError(f"{operation_name(operation)}: the engine is closed")
-            match operation:
-                case Forward() | ForwardBackward() | Backward() | Examine() | OptimStep() | SaveWeights():
-                    if operation.model_id not in self._orders:
-                        raise OperationError(
-                            f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"
-                        )
-                    future, ready = self._orders[operation.model_id].accept(operation)
-                    self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
-                case _:
-                    future = new_future()
-                    self._queue.append((operation, future))
+            if isinstance(operation, OrderedOperation):
+                if operation.model_id not in self._orders:
+                    raise OperationError(
+                        f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"
+                    )
+                future, ready = self._orders[operation.model_id].accept(operation)
+                self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
+            else:
+                future = new_future()
+                self._queue.append((operation, future))
             self._wake.notify()
         return future
 
@@ -83,7 +79,7 @@ class Engine:
                 ClosedError(f"{operation_name(operation)}: the engine was closed before it ran")
             )
         self._thread.join()
-        self._host.clear()
+        self._host.close()
 
     def _work(self) -> None:
         while True:
@@ -92,13 +88,16 @@ class Engine:
                 if not self._queue:
                     return
                 operation, future = self._queue.popleft()
-            self._answer(operation, future)
+            self._answer(operation, future, partial(self._host.run, operation))
             # Nothing of the last operation may stay alive while the thread waits for the next.
             del operation, future
 
-    def _answer(self, operation: Operation, future: Future[Any]) -> None:
+    def _answer(self, operation: Operation, future: Future[Any], compute: Callable[[], Any]) -> None:
         try:
-            result = self._host.run(operation)
+            result = compute()
+            if isinstance(result, Future):  # the rest of its work runs beside the queue
+                result.add_done_callback(lambda done: self._answer(operation, future, done.result))
+                return
             self._follow(operation, result)
             future.set_result(result)
         except FiresteelError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from firesteel.engine.models import (
 )
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
+from firesteel.engine.states import read_state, write_state
 from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss
 from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import ModelError, OperationError
@@ -36,6 +38,7 @@ from firesteel.sdk.operations import (
     Forward,
     ForwardBackward,
     IdentifyModel,
+    LoadState,
     ModelDescription,
     ModelIdentity,
     Operation,
@@ -43,6 +46,7 @@ from firesteel.sdk.operations import (
     ReleaseForward,
     ResolveShape,
     Sample,
+    SaveState,
     SaveWeights,
     UnloadModel,
     operation_name,
@@ -53,8 +57,10 @@ from firesteel.sdk.types import (
     Examined,
     FloatArray,
     ForwardBackwardOutput,
+    LoadStateResponse,
     OptimStepResponse,
     SampleResponse,
+    SaveStateResponse,
     SaveWeightsResponse,
     TensorData,
 )
@@ -89,9 +95,11 @@ class Host:
         self.models: dict[str, HostedModel] = {}
         self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
         self._numbers = itertools.count(1)
+        # States are copied in their turn and written while training goes on, one after the other.
+        self._writer = ThreadPoolExecutor(1, "firesteel-states")
 
     def run(self, operation: Operation) -> Any:
-        """The operation's result; raises its error."""
+        """The operation's result, or the future of one that is still being written; raises its error."""
         match operation:
             case ResolveShape():
                 return self._resolve_shape(operation)
@@ -122,6 +130,10 @@ class Host:
                 return OptimStepResponse(metrics)
             case SaveWeights():
                 return self._save_weights(operation)
+            case SaveState():
+                return self._save_state(operation)
+            case LoadState():
+                return self._load_state(operation)
             case Sample():
                 with self._model(operation.model_id).trainer.generating() as base:
                     prompt, params = operation.prompt, operation.sampling_params
@@ -256,6 +268,25 @@ class Host:
             raise
         return SaveWeightsResponse(str(target))
 
+    def _save_state(self, operation: SaveState) -> Future[SaveStateResponse]:
+        model, target = self._model(operation.model_id), Path(operation.path)
+        if target.exists():
+            raise OperationError(f"save_state: {target} exists already; name a folder that does not")
+        state = model.trainer.state()
+
+        def write() -> SaveStateResponse:
+            write_state(state, target, operation.notes)
+            return SaveStateResponse(str(target))
+
+        return self._writer.submit(write)
+
+    def _load_state(self, operation: LoadState) -> LoadStateResponse:
+        model, folder = self._model(operation.model_id), Path(operation.path)
+        state = read_state(folder, with_optimizer=operation.optimizer)
+        differences = model.trainer.load_state(state)
+        model.retained.clear()  # their log-probabilities are of weights that are gone
+        return LoadStateResponse(str(folder), differences)
+
     def _model(self, model_id: str) -> HostedModel:
         if model_id not in self.models:
             raise OperationError(self.no_model(model_id))
@@ -267,8 +298,9 @@ class Host:
             f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self.models) or 'none'}"
         )
 
-    def clear(self) -> None:
-        """Let go of every model."""
+    def close(self) -> None:
+        """Finish writing, and let go of every model."""
+        self._writer.shutdown()
         self.models.clear()
         self._shared_bases.clear()
 

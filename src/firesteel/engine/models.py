@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,11 @@ class BaseModel:
     """transformers' own choice for this model: what sampling and plain passes use."""
     max_context_length: int
     """Tokens of a whole sequence."""
+
+    @cached_property
+    def identity(self) -> str:
+        """`weights_identity` of a base that stays frozen, hashed once."""
+        return weights_identity(self.network)
 
     @property
     def device(self) -> str:

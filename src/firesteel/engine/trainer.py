@@ -24,8 +24,9 @@ from firesteel.engine.models import BaseModel, add_embedding_rows_to_head
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
 from firesteel.engine.plain import plain_layers, plain_pass, pull, sketch
+from firesteel.engine.states import Belonging, Environment, TrainerState
 from firesteel.fetching import quiet_transformers
-from firesteel.sdk.errors import ModelError, OperationError
+from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
 from firesteel.sdk.operations import PlainAttention
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, GradientSketch, IntArray, LoraConfig
 
@@ -114,6 +115,7 @@ class Trainer:
         self._choices_told: set[bool] = set()
         self._activations = Activations(base.network.parameters())
         self._adapter = Adapter(base, name, lora) if lora and trainable else None
+        self._lora = lora
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
         self._added = False  # whether the running backward has changed the gradient
@@ -202,11 +204,7 @@ class Trainer:
         With `slopes` (dLoss/dlogprob) also what is compared of the gradient; the gradient itself is dropped.
         """
         optimizer = self._need_trainable("examine")
-        if any(parameter.grad is not None for parameter in self._trained_parameters()):
-            raise OperationError(
-                "examine: a gradient has been added and would be lost; call it before forward_backward or "
-                "after optim_step"
-            )
+        self._refuse_added_gradient("examine")
         network = self.base.network
         found: list[FloatArray] = [np.empty(0, np.float32)] * len(sequences.tokens)
         path = plain_layers(network, attention) if attention else nullcontext()
@@ -219,9 +217,35 @@ class Trainer:
                         pull(scored.logprobs, [slopes[i] for i in scored.members])
                     for index, values in zip(scored.members, scored.logprobs, strict=True):
                         found[index] = values.detach().cpu().numpy()
-                return tuple(found), sketch(self._trained_parameters()) if slopes is not None else None
+                return tuple(found), sketch(
+                    self._trained_parameters().values()
+                ) if slopes is not None else None
             finally:
                 optimizer.clear()
+
+    def state(self) -> TrainerState:
+        """Copies of trained weights and optimizer as they are now. Refused while a gradient waits for its step."""
+        optimizer = self._need_trainable("save_state")
+        self._refuse_added_gradient("save_state")
+        weights = {name: p.detach().cpu().clone() for name, p in self._trained_parameters().items()}
+        return TrainerState(self._belonging(), Environment.of_this_process(), weights, optimizer.state())
+
+    def load_state(self, state: TrainerState) -> tuple[str, ...]:
+        """Go on from a state; returns what is different about the environment.
+
+        Raises `CheckpointError`, with nothing changed, for a state of another model.
+        """
+        optimizer = self._need_trainable("load_state")
+        parameters = self._trained_parameters()
+        self._belonging().refuse_other(state.belonging)
+        _refuse_other_tensors(state.weights, parameters)
+        optimizer.check(state.optimizer or {})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state.weights[name])
+        optimizer.load(state.optimizer or {})
+        self._lost_gradient = None
+        return state.environment.differences(Environment.of_this_process())
 
     def write_weights(self, folder: Path) -> None:
         """Write an adapter in PEFT's format, or the whole model in Hugging Face's, into an empty folder."""
@@ -339,15 +363,46 @@ class Trainer:
                 self._lost_gradient = f"{type(error).__name__}: {error}"
             raise
 
-    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+    def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """By names that do not depend on this trainer's own."""
         if self._adapter is not None:
-            return list(self._adapter.parameters().values())
-        return list(self.base.network.parameters())
+            return self._adapter.parameters()
+        return dict(self.base.network.named_parameters())
+
+    def _belonging(self) -> Belonging:
+        lora, base = self._lora, self.base
+        return Belonging(
+            base_model=base.name,
+            base_weights=base.identity if lora else None,
+            lora={"alpha": lora.alpha, "rank": lora.rank} if lora else None,
+            dtype=str(base.network.dtype).removeprefix("torch."),
+        )
+
+    def _refuse_added_gradient(self, operation: str) -> None:
+        if self._need_trainable(operation).has_gradient:
+            raise OperationError(
+                f"{operation}: a gradient has been added and would be lost; call it before forward_backward or "
+                "after optim_step"
+            )
 
     def _need_trainable(self, operation: str) -> Optimizer:
         if self._optimizer is None:
             raise OperationError(f"{operation}: this model is a frozen reference; it only runs forward")
         return self._optimizer
+
+
+def _refuse_other_tensors(
+    saved: Mapping[str, torch.Tensor], trained: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """What is loaded is all that is trained, of the same names, shapes and types."""
+    if unknown := saved.keys() ^ trained.keys():
+        raise CheckpointError(
+            f"the state and this model do not train the same weights: {min(unknown)} is in one"
+        )
+    for name, parameter in trained.items():
+        ours, theirs = (f"{t.dtype} {tuple(t.shape)}" for t in (parameter, saved[name]))
+        if ours != theirs:
+            raise CheckpointError(f"the state has {name} as {theirs}, this model as {ours}")
 
 
 def built_in_loss(name: str, data: Sequence[Datum], settings: Mapping[str, float] | None) -> DatumLoss:

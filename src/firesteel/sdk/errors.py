@@ -9,6 +9,9 @@
     │   │   └── RowError         one row of a file: `file:line: field: reason`
     │   ├── ModelError           a model, tokenizer or shape name; a model that cannot do what is asked
     │   ├── OperationError       an operation that cannot run as sent (lengths, order, unknown model)
+    │   │   └── NonFiniteError   a loss or gradient that is infinite or not a number; no weight was changed
+    │   ├── CheckpointError      a checkpoint that is damaged, or of another model, objective or data
+    │   ├── StorageError         a disk that is full or a folder that cannot be written to
     │   └── NotBuiltYetError     planned, documented, not there yet
     ├── VerificationFailed       the fast path and the plain path differ by more than rounding
     ├── OperationFailed          an operation failed for a reason that is not the caller's; category "server"
@@ -77,6 +80,24 @@ class OperationError(UserError, ValueError):
     """An operation cannot run as sent: wrong lengths, wrong order, unknown model."""
 
     code = "operation"
+
+
+class NonFiniteError(OperationError):
+    """A loss, a log-probability or a gradient is infinite or not a number; no weight was changed."""
+
+    code = "operation.nonfinite"
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint is damaged, missing, or of another model, objective or data than what it should continue."""
+
+    code = "checkpoint"
+
+
+class StorageError(UserError, OSError):
+    """Something cannot be written: the disk is full or the folder is not ours."""
+
+    code = "storage"
 
 
 class NotBuiltYetError(UserError, NotImplementedError):

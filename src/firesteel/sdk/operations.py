@@ -201,6 +201,36 @@ class SaveWeights:
 
 
 @dataclass(frozen=True)
+class SaveState:
+    """Write what training goes on from: trained weights, optimizer. Result: `SaveStateResponse`.
+
+    The state is that of the operation's turn; it is written while later operations run, and the result comes when it is
+    whole on the disk. `notes` are kept beside it, for the loop that will go on. Refused while a gradient waits for its
+    `OptimStep`: it is not part of a state.
+    """
+
+    model_id: str
+    seq_id: int
+    path: str
+    notes: Mapping[str, Any]
+    """JSON, stored as `notes.json`."""
+
+
+@dataclass(frozen=True)
+class LoadState:
+    """Go on from a saved state, every byte of which is compared with its hash first. Result: `LoadStateResponse`.
+
+    Without `optimizer` only weights are taken and the optimizer starts anew. A gradient and kept forwards are dropped.
+    Refused, with nothing changed, where the state is damaged or of another model.
+    """
+
+    model_id: str
+    seq_id: int
+    path: str
+    optimizer: bool = True
+
+
+@dataclass(frozen=True)
 class Sample:
     """Continue a prompt with the weights as they are when it runs. Result: `SampleResponse`."""
 
@@ -210,7 +240,9 @@ class Sample:
     num_samples: int = 1
 
 
-OrderedOperation = Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights
+OrderedOperation = (
+    Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights | SaveState | LoadState
+)
 UnorderedOperation = (
     ResolveShape | CreateModel | CreateBaseReference | IdentifyModel | UnloadModel | ReleaseForward | Sample
 )
@@ -220,9 +252,9 @@ Operation = OrderedOperation | UnorderedOperation
 def operation_name(operation: Operation) -> str:
     """For messages: `forward_backward seq 3 of model-1`."""
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(operation).__name__).lstrip("_")
+    if isinstance(operation, OrderedOperation):
+        return f"{name} seq {operation.seq_id} of {operation.model_id}"
     match operation:
-        case Forward() | ForwardBackward() | Backward() | Examine() | OptimStep() | SaveWeights():
-            return f"{name} seq {operation.seq_id} of {operation.model_id}"
         case IdentifyModel() | UnloadModel() | Sample() | ReleaseForward():
             return f"{name} of {operation.model_id}"
         case _:

@@ -78,10 +78,12 @@ class ServiceClient:
         lora_config: Any = None,
         lora_alpha: float = 32.0,
         seed: int = 0,
+        activation_token_budget: int | None = None,
     ) -> TrainingClient:
         """Load a policy: all weights trainable at rank 0, else a fresh LoRA adapter on the frozen base.
 
         `lora_config` (ours or one with the same attributes) gives all adapter settings at once.
+        `activation_token_budget` is used where the service was not built with one.
         """
         config = as_lora_config(lora_config) if lora_config is not None else None
         if config is not None and lora_rank not in (None, config.rank):
@@ -93,7 +95,7 @@ class ServiceClient:
             check_lora(config)
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         shape = self._policy_shape(model, rank or 0)
-        budget = self.provisioning.activation_token_budget
+        budget = self.provisioning.activation_token_budget or activation_token_budget
         client = self._create(
             CreateModel(model, shape, config if rank else None, activation_token_budget=budget)
         )

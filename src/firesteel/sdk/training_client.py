@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from firesteel.sdk.conversion import as_adam_params, as_data, as_model_input, as_sampling_params
-from firesteel.sdk.errors import ClosedError, OperationError
+from firesteel.sdk.errors import ClosedError, NonFiniteError, OperationError
 from firesteel.sdk.futures import APIFuture, Ledger
 from firesteel.sdk.operations import (
     Backward,
@@ -20,6 +21,7 @@ from firesteel.sdk.operations import (
     Forward,
     ForwardBackward,
     IdentifyModel,
+    LoadState,
     LossName,
     ModelDescription,
     ModelIdentity,
@@ -29,6 +31,7 @@ from firesteel.sdk.operations import (
     PlainAttention,
     ReleaseForward,
     Sample,
+    SaveState,
     SaveWeights,
     UnloadModel,
     operation_name,
@@ -39,9 +42,11 @@ from firesteel.sdk.types import (
     Examined,
     FloatArray,
     ForwardBackwardOutput,
+    LoadStateResponse,
     OptimStepResponse,
     SampleResponse,
     SamplingParams,
+    SaveStateResponse,
     SaveWeightsResponse,
 )
 from firesteel.sdk.validation import check_adam_params, check_data, check_sampling
@@ -179,9 +184,40 @@ class TrainingClient:
 
     def save_weights(self, path: str | os.PathLike[str]) -> APIFuture[SaveWeightsResponse]:
         """Export to the folder `path`: PEFT's format for a LoRA policy, Hugging Face's for a full one."""
-        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-            raise OperationError(f"save_weights: path: {path!r}; expected the path of a folder")
+        _check_path("save_weights", path)
         return self._send(lambda seq: SaveWeights(self.model_id, seq, str(path)))
+
+    def save_state(
+        self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None
+    ) -> APIFuture[SaveStateResponse]:
+        """Write what training goes on from to the new folder `path`: trained weights, optimizer, and `notes` (JSON).
+
+        The state is that of now; it is written while later calls run. The result is there when the folder is whole and
+        on the disk. Refused while a gradient waits for its `optim_step`.
+        """
+        _check_path("save_state", path)
+        noted = _checked_notes(notes or {})
+        return self._send(lambda seq: SaveState(self.model_id, seq, str(path), noted))
+
+    def load_state(self, path: str | os.PathLike[str]) -> APIFuture[LoadStateResponse]:
+        """Take the weights of a saved state; the optimizer starts anew.
+
+        Raises `CheckpointError`, with nothing changed, for a state that is damaged or of another model.
+        """
+        return self._load(path, optimizer=False)
+
+    def load_state_with_optimizer(self, path: str | os.PathLike[str]) -> APIFuture[LoadStateResponse]:
+        """Go on from a saved state as if nothing had happened between. Raises as `load_state`."""
+        return self._load(path, optimizer=True)
+
+    def _load(self, path: str | os.PathLike[str], optimizer: bool) -> APIFuture[LoadStateResponse]:
+        _check_path("load_state", path)
+        return self._send(lambda seq: LoadState(self.model_id, seq, str(path), optimizer))
+
+    @property
+    def next_seq_id(self) -> int:
+        """The number that the next ordered operation will have, from 1."""
+        return self._next_seq
 
     def sample(
         self, prompt: Any, num_samples: int = 1, sampling_params: Any = None
@@ -248,6 +284,20 @@ class TrainingClient:
         return self._ledger.track(APIFuture(self._transport.submit(operation), name, convert))
 
 
+def _check_path(operation: str, path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise OperationError(f"{operation}: path: {path!r}; expected the path of a folder")
+
+
+def _checked_notes(notes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As they will be read again: refused now, not when the state has been written."""
+    try:
+        content: Mapping[str, Any] = json.loads(json.dumps(dict(notes), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise OperationError(f"save_state: notes: {error}; they are stored as JSON") from None
+    return content
+
+
 def _without_extras(data: list[Any]) -> list[Datum]:
     """What the trainer needs for log-probabilities; a custom loss may read more of its data than that."""
     needed = ("target_tokens", "weights")
@@ -283,7 +333,7 @@ def _differentiate(
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise OperationError("the custom loss must return (scalar tensor, dict of numbers)")
     if not math.isfinite(loss.item()):
-        raise OperationError(f"the custom loss is {loss.item()}; nothing was added to the gradient")
+        raise NonFiniteError(f"the custom loss is {loss.item()}; nothing was added to the gradient")
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     if all(leaf.grad is None for leaf in leaves):

@@ -324,6 +324,22 @@ class SaveWeightsResponse:
 
 
 @dataclass(frozen=True)
+class SaveStateResponse:
+    """Where the state was written, whole and on the disk."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadStateResponse:
+    """What was loaded, and what is not as it was when the state was saved."""
+
+    path: str
+    differences: tuple[str, ...]
+    """As `threads: 4, now 2`. With any of these the same steps may give other last bits; empty = they do not."""
+
+
+@dataclass(frozen=True)
 class SampledSequence:
     """One continuation. `logprobs` are those of the distribution sampled from."""
 

@@ -6,44 +6,48 @@ averaged over the pairs of an optimizer step; log-probabilities are summed over 
 run, top to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others
 an index is kept), load policy and frozen reference, take the reference's log-probabilities once (from the cache
 where it has them), then per step one `forward_backward_custom` and one `optim_step`, while the next rows are
-rendered; export, evaluate on held-out pairs.
+rendered; evaluate on held-out pairs, export. With `dcp_save_interval` a run that was killed goes on from its last
+checkpoint when it is started again, and ends with the same bits.
 
-Not here: other losses, ranked lists, checkpoints and resume.
+Not here: other losses, ranked lists.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from firesteel.sdk import AdamParams, NotBuiltYetError, ServiceClient
+from firesteel.sdk import AdamParams, NonFiniteError, ServiceClient
+from training.utils.checkpoints import Checkpoints, Identity, Notes, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.losses import DpoObjective, make_dpo_loss
-from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line
+from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
 from training.utils.pair_sets import PairSet, select_pairs
 from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
-from training.utils.reference_pass import ReferenceMode, References
+from training.utils.reference_pass import RECORDED_PAIRS, ReferenceMode, References
 from training.utils.rendering import Renderer
+from training.utils.resume import Finished, GoOn, Start, Wanted, find_start, refuse_another_reference, rewind
 from training.utils.row_index import index_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs, Schedule
 from training.utils.service import build_service_client
+from training.utils.stopping import StopRequest, stopping_on_signals
 
 
 class Config(Settings):
     """One DPO run."""
 
     log_path: str
-    """Folder of the run. An earlier run in it moves to `previous-<n>/`."""
+    """Folder of the run. What becomes of an earlier run in it, `resume` says."""
     base_model: str
     """Model to train: a catalogue name, Hugging Face id, folder or GGUF file."""
     dataset: str
@@ -103,7 +107,20 @@ class Config(Settings):
     verify: bool = False
     """Before training, compare the first batch with transformers' own forward; a difference ends the run."""
     dcp_save_interval: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 = none."""
+    """Steps between checkpoints; there is one after the last step too. 0 = none."""
+    resume: str = Field(default="auto", pattern=r"^(auto|never|step-\d+)$")
+    """`auto`: go on from the newest checkpoint in log_path, if there is any. `never` (--fresh): start anew; what is
+    there moves to `previous-<n>/`. `step-40` (--resume-from step-40): go on from that one."""
+    takeover: bool = False
+    """Take log_path from another process that writes to it; that one ends at its next write."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Keep only the newest so many checkpoints; unset = all."""
+    keep_every: int = Field(default=0, ge=0)
+    """With keep_last: keep also those whose step is a multiple of this."""
+    keep_best: Literal["accuracy", "margin", "dpo_loss"] | None = None
+    """With keep_last: keep also the one with the best value of this held-out metric."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite ends the run, or its step changes nothing and is counted."""
     trainer: TrainerConfig = TrainerConfig()
     """Training shapes."""
     wandb: WandBConfig = WandBConfig()
@@ -136,9 +153,30 @@ class Config(Settings):
             raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
         if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
             raise ValueError("lora_alpha is not read at lora_rank 0")
-        if self.dcp_save_interval:
-            raise NotBuiltYetError("dcp_save_interval: checkpoints are not built yet; leave it at 0")
+        if (self.keep_every or self.keep_best) and self.keep_last is None:
+            raise ValueError("keep_every and keep_best say what stays beside keep_last; give that too")
+        if self.keep_last and not self.dcp_save_interval:
+            raise ValueError("keep_last: there are no checkpoints without dcp_save_interval")
+        if self.keep_best and (not self.eval_interval or self.dcp_save_interval % self.eval_interval):
+            raise ValueError(
+                "keep_best: every checkpoint needs its evaluation; make dcp_save_interval a multiple of eval_interval"
+            )
         return self
+
+
+# fmt: off
+MAY_CHANGE_WHEN_GOING_ON = frozenset({
+    # where things are and run: what they are is compared by content
+    "log_path", "base_model", "dataset", "tokenizer_model", "trainer", "reference_pass",
+    # how the objective is followed from here on
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip_norm", "lr_scheduler",
+    "epochs", "on_nonfinite",
+    # what is looked at, shown and kept
+    "eval_dataset", "eval_dataset content", "eval_interval", "sample_prompts", "sample_max_tokens", "verify", "wandb",
+    "dcp_save_interval", "resume", "takeover", "keep_last", "keep_every", "keep_best",
+})
+# fmt: on
+"""Settings that may be others than before when a run goes on. A change of any other makes it another run."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +193,12 @@ class RunSummary:
     policy_job_id: str | None
     reference_job_id: str | None
     """None where the reference shared the policy's base."""
+    skipped_steps: int
+    """Steps that changed nothing because their loss or gradient was not finite."""
     reference_seconds: float
     """For the reference's log-probabilities, from the cache or computed; of a lazy reference, within the training."""
     training_seconds: float
-    """From the first step to the last, evaluations between them included."""
+    """From this process's first step to the last, evaluations between them included."""
 
 
 def main(config: Config) -> RunSummary:
@@ -178,18 +218,39 @@ def main(config: Config) -> RunSummary:
             for index, most in zip(indexes, limits, strict=False)
         ]
         split = split_pairs([rows.pairs for rows in selections], config)
-        folder, previous = RunFolder.start(config.log_path, config.resolved())
-        stack.enter_context(closing(folder))
+        folder = stack.enter_context(closing(RunFolder.open(config.log_path, config.takeover)))
+        names = ("dataset content", "eval_dataset content")
+        data = {name: index.sha256 for name, index in zip(names, indexes, strict=False)}
+        identity = Identity(
+            config.resolved(),
+            {**data, "tokenizer and template": renderer.identity, "pairs": len(split.train)},
+        )
+        wanted = Wanted(identity, MAY_CHANGE_WHEN_GOING_ON, epochs_of(config, split).total_steps)
+        start = find_start(folder, config.resume, wanted)
+        if isinstance(start, Finished):
+            display.say(f"{config.log_path}: finished, {wanted.total_steps} steps; more epochs continue it")
+            return RunSummary(**start.summary)
+        for line in begin(folder, start, config):
+            display.say(line)
         metrics = MetricsLog(folder.metrics, config.wandb, config.resolved())
         stack.enter_context(closing(metrics))
-        if previous:
-            display.say(f"{config.log_path} held an earlier run: moved to {previous}")
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
         if split.overlap:
             display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
-        return train(Run(config, split, renderer, folder, metrics, display), service)
+        return train(Run(config, split, renderer, folder, metrics, display, identity, start), service)
+
+
+def begin(folder: RunFolder, start: Start | GoOn, config: Config) -> Iterator[str]:
+    """Make the folder ready; yields what people should know."""
+    if isinstance(start, GoOn):
+        yield f"going on from {start.checkpoint}"
+        yield from start.said
+        yield from rewind(folder, start)
+    elif start.previous:
+        yield f"{config.log_path} held an earlier run: moved to {start.previous}"
+    folder.write_config(config.resolved())
 
 
 def split_pairs(sets: Sequence[PairSet], config: Config) -> Split:
@@ -198,6 +259,11 @@ def split_pairs(sets: Sequence[PairSet], config: Config) -> Split:
     if heldout:
         return Split(train, heldout[0])
     return split_by_prompt(train, config.eval_fraction, config.seed)
+
+
+def epochs_of(config: Config, split: Split) -> Epochs:
+    """Every batch of a run."""
+    return Epochs(len(split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
 
 @dataclass(frozen=True)
@@ -210,6 +276,8 @@ class Run:
     folder: RunFolder
     metrics: MetricsLog
     display: Display
+    identity: Identity
+    start: Start | GoOn
 
     @property
     def objective(self) -> DpoObjective:
@@ -219,8 +287,7 @@ class Run:
     @property
     def epochs(self) -> Epochs:
         """The order of the training pairs."""
-        config = self.config
-        return Epochs(len(self.split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
+        return epochs_of(self.config, self.split)
 
 
 def build_service(config: Config) -> ServiceClient:
@@ -236,47 +303,166 @@ def build_service(config: Config) -> ServiceClient:
 
 
 def train(run: Run, service: ServiceClient) -> RunSummary:
-    """Reference pass, evaluation, the loop, export, evaluation."""
+    """Reference pass, evaluation, the loop, export."""
     config = run.config
     client = service.create_training_client(
-        config.base_model, config.lora_rank, lora_alpha=config.lora_alpha, seed=config.seed
+        config.base_model,
+        config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        seed=config.seed,
+        # One that was chosen for the device is that of the whole run, wherever it goes on.
+        activation_token_budget=run.start.notes.activation_token_budget
+        if isinstance(run.start, GoOn)
+        else None,
     )
     policy = ReconnectableClient.from_training_client(client)
-    with closing(References(service, run.renderer, config.reference_pass)) as references:
+    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
+    with (
+        stopping_on_signals() as stop,
+        closing(References(service, run.renderer, config.reference_pass)) as references,
+    ):
+        if isinstance(run.start, GoOn):
+            load_checkpoint(run, run.start, policy)
         if config.verify:
             verify_first_batch(run, policy, references)
-        references.prepare((run.split.train, run.split.heldout), run.display, config.seed)
-        before = evaluate_heldout(run, policy, references, step=0)
-        answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
-        answers_before = answers.of(policy)
-        training_seconds = train_epochs(run, policy, references)
+        record = record_reference(run, references)
+        references.prepare((run.split.train, run.split.heldout), run.display, config.seed, stop.exit_if_asked)
+        if isinstance(run.start, GoOn):
+            position = run.start.notes.position
+        else:
+            before = evaluate_heldout(run, policy, references, step=0)
+            position = Position.of_a_start(before, answers.of(policy))
+        loop = Loop(run, policy, references, record, stop, position)
+        training_seconds = train_epochs(loop)
+        position = loop.position
         export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
         run.display.say(f"exported: {export}")
-        steps = run.epochs.total_steps
-        after = evaluate_heldout(run, policy, references, steps)
+        after = position.heldout or evaluate_heldout(run, policy, references, position.step)
         references.finish(run.display)
-        for line in answers.write_comparison(run.folder.samples, answers_before, answers.of(policy)):
+        for line in answers.write_comparison(run.folder.samples, position.answers_before, answers.of(policy)):
             run.display.say(line)
         job_ids = service.trainer_job_id, references.job_id
-        return RunSummary(steps, before, after, export, *job_ids, references.seconds, training_seconds)
+        summary = RunSummary(
+            position.step,
+            dict(position.before),
+            dict(after),
+            export,
+            *job_ids,
+            position.skipped_steps,
+            references.seconds,
+            training_seconds,
+        )
+        run.folder.write_summary(asdict(summary))
+        return summary
 
 
-def train_epochs(run: Run, policy: ReconnectableClient, references: References) -> float:
-    """All steps, the next rows being rendered meanwhile; returns the seconds they took."""
-    config, epochs, started = run.config, run.epochs, time.monotonic()
-    ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches())
-    stage = Stage("training", config.epochs * len(run.split.train))
-    with closing(ahead) as taken, run.display.bar(stage) as bar:
-        for batch, rows in zip(epochs.batches(), taken, strict=True):
-            metrics = train_step(run, policy, batch, rows.pairs, references)
+def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
+    """Bring the policy to where the checkpoint left it."""
+    loaded = policy.load_state_with_optimizer(str(start.checkpoint))
+    if loaded.differences:
+        run.display.say(f"not bit-equal to a run without a break: {'; '.join(loaded.differences)}")
+
+
+def record_reference(run: Run, references: References) -> ReferenceRecord:
+    """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
+    probes = range(min(RECORDED_PAIRS, len(run.split.train)))
+    now = references.record(run.split.train.take(probes))
+    if not isinstance(run.start, GoOn):
+        return now
+    then = run.start.notes.reference
+    refuse_another_reference(then, now, run.start.checkpoint, references.tolerance(then))
+    if then.numerics != now.numerics:
+        run.display.say(f"not bit-equal to a run without a break: {then.numerics}, now {now.numerics}")
+    return then
+
+
+@dataclass
+class Loop:
+    """The steps of a run, and how far they have come."""
+
+    run: Run
+    policy: ReconnectableClient
+    references: References
+    record: ReferenceRecord
+    stop: StopRequest
+    position: Position
+
+    def notes(self) -> Notes:
+        """All that a checkpoint of now keeps beside the trainer's state."""
+        now = replace(self.position, seq_id=self.policy.next_seq_id, metrics_bytes=self.run.metrics.synced())
+        budget = self.policy.description.activation_token_budget
+        return Notes(now, self.run.identity, self.record, self.run.epochs.total_steps, budget)
+
+
+def train_epochs(loop: Loop) -> float:
+    """All steps that are left, the next rows being rendered meanwhile; returns the seconds they took."""
+    run, done, started = loop.run, loop.position.step, time.monotonic()
+    epochs = run.epochs
+    kept = Retention(run.config.keep_last, run.config.keep_every, run.config.keep_best)
+    checkpoints = Checkpoints(run.folder, kept)
+    ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
+    stage = Stage("training", sum(len(batch.rows) for batch in epochs.batches(done)))
+    with closing(checkpoints), closing(ahead) as taken, run.display.bar(stage) as bar:
+        for batch, rows in zip(epochs.batches(done), taken, strict=True):
+            checkpoints.list_if_written()
+            metrics = train_or_skip(loop, batch, rows.pairs)
+            run.folder.refuse_if_taken_over()
             run.metrics.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics)
-            bar.advance(len(batch.rows), int(metrics["train/step_tokens"]), line)
-            last = batch.step == epochs.total_steps
-            if config.eval_interval and batch.step % config.eval_interval == 0 and not last:
-                evaluate_heldout(run, policy, references, batch.step)
-        run.display.say(f"trained: {epochs.total_steps} steps, {bar.pairs} pairs, {bar.rate()}")
+            bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
+            loop.position = after_step(loop, batch)
+            save_and_stop(loop, checkpoints)
+        run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.pairs} pairs, {bar.rate()}")
     return time.monotonic() - started
+
+
+def after_step(loop: Loop, batch: Batch) -> Position:
+    """The position after a step, evaluated where that is due."""
+    run, before = loop.run, loop.position
+    last, interval = batch.step == run.epochs.total_steps, run.config.eval_interval
+    due = last or (interval and batch.step % interval == 0)
+    heldout = evaluate_heldout(run, loop.policy, loop.references, batch.step) if due else {}
+    rows = len(batch.rows) + (before.rows if batch.epoch == before.epoch else 0)
+    return replace(before, step=batch.step, epoch=batch.epoch, rows=rows, heldout=heldout)
+
+
+def save_and_stop(loop: Loop, checkpoints: Checkpoints) -> None:
+    """A checkpoint where one is due; the end of the process, after another, where a signal has asked for it."""
+    run, step, interval = loop.run, loop.position.step, loop.run.config.dcp_save_interval
+    stopping = loop.stop.asked
+    if interval and (step % interval == 0 or step == run.epochs.total_steps or stopping):
+        checkpoints.save(loop.policy, loop.notes())
+    if stopping:
+        checkpoints.finish()
+        saved = (
+            "saved; the same command goes on from there"
+            if interval
+            else ("nothing is saved, dcp_save_interval is 0")
+        )
+        run.display.say(f"stopped after step {step}: {saved}")
+        loop.stop.exit_if_asked()
+
+
+def train_or_skip(loop: Loop, batch: Batch, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """The step, or what is logged of one that had no finite gradient. Raises `NonFiniteError` naming its rows."""
+    run = loop.run
+    try:
+        metrics = train_step(run, loop.policy, batch, pairs, loop.references)
+    except NonFiniteError as error:
+        rows = ", ".join(str(pair.line) for pair in pairs)
+        told = f"step {batch.step}, {run.config.dataset}, lines {rows}: {error}"
+        if run.config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{told}. The weights are those after step {batch.step - 1}; look at these rows, lower learning_rate, "
+                "or set on_nonfinite: skip"
+            ) from error
+        skipped = loop.position.skipped_steps + 1
+        loop.position = replace(loop.position, skipped_steps=skipped)
+        run.display.say(f"{told}; skipped, {skipped} so far")
+        return {"train/epoch": batch.epoch, "train/skipped_steps": skipped}
+    for symptom in symptoms(batch.step, metrics):
+        run.display.say(f"warning: step {batch.step}: {symptom}")
+    return metrics
 
 
 def train_step(

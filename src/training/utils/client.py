@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from firesteel.sdk import (
+    APIFuture,
     ForwardBackwardOutput,
+    LoadStateResponse,
     OptimStepResponse,
     SampleResponse,
+    SaveStateResponse,
     SaveWeightsResponse,
     TrainingClient,
     Verification,
@@ -82,6 +85,29 @@ class ReconnectableClient:
     def save_weights(self, path: str) -> SaveWeightsResponse:
         """See `TrainingClient.save_weights`."""
         return self._client.save_weights(path).result(self._timeout)
+
+    def save_state(self, path: str, notes: Mapping[str, Any] | None = None) -> SaveStateResponse:
+        """See `TrainingClient.save_state`; returns when the state is on the disk."""
+        return self.submit_save_state(path, notes).result(self._timeout)
+
+    def submit_save_state(
+        self, path: str, notes: Mapping[str, Any] | None = None
+    ) -> APIFuture[SaveStateResponse]:
+        """The same without waiting: training goes on while the state is written."""
+        return self._client.save_state(path, notes)
+
+    def load_state(self, path: str) -> LoadStateResponse:
+        """See `TrainingClient.load_state`: weights only."""
+        return self._client.load_state(path).result(self._timeout)
+
+    def load_state_with_optimizer(self, path: str) -> LoadStateResponse:
+        """See `TrainingClient.load_state_with_optimizer`."""
+        return self._client.load_state_with_optimizer(path).result(self._timeout)
+
+    @property
+    def next_seq_id(self) -> int:
+        """See `TrainingClient.next_seq_id`."""
+        return self._client.next_seq_id
 
     def sample(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> SampleResponse:
         """See `TrainingClient.sample`."""

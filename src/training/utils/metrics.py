@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,6 +48,8 @@ class StepWork:
 
 def step_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
     """What is shown of a step where there is no bar."""
+    if "train/dpo_loss" not in metrics:
+        return f"step {step}/{total_steps}  skipped"
     return (
         f"step {step}/{total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
         f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}"
@@ -61,6 +63,21 @@ def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
         f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}  "
         f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
     )
+
+
+def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:
+    """What is wrong with a run that learns nothing, with its likely cause."""
+    if metrics.get("train/grad_norm") == 0:
+        yield (
+            "the gradient is exactly 0: chosen and rejected of these rows read the same to the trained weights, or no "
+            "trained weight is on the way to them"
+        )
+    # Policy and reference may have taken other paths: a policy that stands still has margins of rounding, ties.
+    if step == 3 and metrics.get("train/tie_rate") == 1:
+        yield (
+            "after 3 steps all margins are still 0 (within 0.001 nats): the policy does not move; unless it is warming "
+            "up, learning_rate is too small, or lost in the rounding of the weights"
+        )
 
 
 class Sink(Protocol):
@@ -82,6 +99,11 @@ class JsonlSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line. A number that is not finite becomes null."""
         self._file.write(orjson.dumps({"train/step": step, **metrics}) + b"\n")
+
+    def synced(self) -> int:
+        """Bring the lines to the disk; the length of the file in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
@@ -120,7 +142,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, wandb: WandBConfig, config: Mapping[str, Any]) -> None:
         """Open `path`, and a W&B run beside it if `wandb` names a project or an entity."""
-        self._sinks: list[Sink] = [JsonlSink(path)]
+        self._jsonl = JsonlSink(path)
+        self._sinks: list[Sink] = [self._jsonl]
         if wandb.project or wandb.entity:
             if importlib.util.find_spec("wandb") is None:
                 logger.warning(
@@ -133,6 +156,10 @@ class MetricsLog:
         """Send one record to every sink."""
         for sink in self._sinks:
             sink.log(step, metrics)
+
+    def synced(self) -> int:
+        """See `JsonlSink.synced`."""
+        return self._jsonl.synced()
 
     def close(self) -> None:
         """Finish every sink."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from firesteel.sdk import ServiceClient
 from firesteel.store import home
+from training.utils.checkpoints import ReferenceRecord
 from training.utils.client import ReconnectableClient
 from training.utils.losses import PairLogprobs
 from training.utils.pair_sets import PairSet
@@ -16,6 +17,7 @@ from training.utils.progress import Display, Stage
 from training.utils.reference_cache import (
     BLOCK_PAIRS,
     PROBE_PAIRS,
+    TOLERANCE,
     CacheStatistics,
     ReferenceCache,
     reference_logprobs,
@@ -23,6 +25,10 @@ from training.utils.reference_cache import (
 from training.utils.rendering import Renderer
 
 ReferenceMode = Literal["upfront", "lazy"]
+RECORDED_PAIRS = 8
+"""Of how many pairs a checkpoint keeps what the reference says."""
+SAME_NUMERICS = 1e-5
+"""Nats. The same pairs computed together on the same versions are equal to the bit; threads move them by less."""
 
 
 class References:
@@ -38,10 +44,31 @@ class References:
         self.job_id = service.reference_trainer_job_id
         """None where the reference shares the policy's base."""
         path = home() / "reference_cache.sqlite"
-        self._cache = ReferenceCache(path, self._client.identify(), renderer.identity)
+        self._identity = self._client.identify()
+        self._cache = ReferenceCache(path, self._identity, renderer.identity)
 
-    def prepare(self, sets: Sequence[PairSet], display: Display, seed: int) -> None:
+    def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
+        """What the reference is, and what it says of these pairs now, computed together."""
+        said = [side for values in self.asked_now(pairs) for side in (values.chosen, values.rejected)]
+        return ReferenceRecord(
+            self._identity.weights, self._identity.numerics, [side.tolist() for side in said]
+        )
+
+    def tolerance(self, before: ReferenceRecord) -> float:
+        """Nats by which one token's log-probability may differ from what was recorded: rounding, where it can."""
+        same = before.numerics == self._identity.numerics
+        return SAME_NUMERICS if same else TOLERANCE[self._identity.numerics.split()[0]]
+
+    def prepare(
+        self,
+        sets: Sequence[PairSet],
+        display: Display,
+        seed: int,
+        after_block: Callable[[], None] = lambda: None,
+    ) -> None:
         """Upfront: complete the cache, all pairs in blocks in the order of their files, and let the reference go.
+
+        `after_block` is called when one is on the disk; what it raises ends the pass.
 
         Lazy: nothing yet. A reference of its own is then kept until the service closes.
         """
@@ -51,7 +78,12 @@ class References:
         stage = Stage("reference", sum(map(len, sets)), seconds_between_lines=10)
         with display.bar(stage) as bar:
             blocks = (block for pairs in sets for block in pairs.blocks(BLOCK_PAIRS))
-            self._statistics = self._cache.fill(blocks, self._client, bar.advance, seed)
+
+            def advance(pairs: int) -> None:
+                bar.advance(pairs)
+                after_block()
+
+            self._statistics = self._cache.fill(blocks, self._client, advance, seed)
         self.seconds = time.monotonic() - started
         display.say(self.summary)
         self._service.release_references()

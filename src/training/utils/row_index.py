@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
+from firesteel.sealed import sync
 from firesteel.store import home
 from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
 from training.utils.preference_data import (
@@ -178,7 +179,7 @@ def _put(partial: Path, folder: Path) -> None:
     except OSError:
         if _read(folder) is None:  # otherwise another run was quicker
             raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _checked(path: str, renderer: Renderer, progress: Progress) -> Generator[CheckedRows]:
@@ -219,16 +220,8 @@ def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHe
     header = IndexHeader(sha256, usable, refused, formats, *hashes)
     (folder / "index.json").write_text(json.dumps(asdict(header)))
     for name in ("rows.npy", "refused.jsonl", "index.json", "."):
-        _sync(folder / name)
+        sync(folder / name)
     return header
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(parent: Path) -> None:

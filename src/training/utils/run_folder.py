@@ -1,93 +1,204 @@
-"""The folder of one run: configuration, metrics, refused rows, answers, exported weights."""
+"""The folder of one run: what is in it, who writes to it, and what becomes of an earlier run there.
+
+config.json         the resolved settings          samples.jsonl       answers before and after
+metrics.jsonl       a line per step                adapter/ or model/  the final weights
+bad_rows.jsonl      rows lost, and why             summary.json        written last: the run is finished
+checkpoints/        step-<n>/, each whole          checkpoints.jsonl   a line for each of them
+run.lock            who writes                     previous-<n>/       earlier runs; nothing is ever deleted
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from firesteel.sdk.errors import ConfigError
+from firesteel.sdk.errors import ConfigError, StorageError
+from firesteel.sealed import replace_file, sweep, sync
 
+CHECKPOINTS, LISTING = "checkpoints", "checkpoints.jsonl"
+SUMMARY = "summary.json"
+RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY)
+"""What a finished run leaves beside its record; a run that goes on makes them anew."""
 # What a run writes. Only these are moved out of the way; other files in the folder are the user's.
-RUN_FILES = ("config.json", "metrics.jsonl", "bad_rows.jsonl", "samples.jsonl", "adapter", "model", "wandb")
+RUN_FILES = ("config.json", "metrics.jsonl", "bad_rows.jsonl", "wandb", CHECKPOINTS, LISTING, *RESULTS)
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
+_LOCK = "run.lock"
+TAKEOVER_SECONDS = 60.0
+"""How long a takeover waits for the old writer to notice. It notices before its next write, or never writes again."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who writes to a folder, as `run.lock` says."""
+
+    pid: int
+    host: str
+    token: str
+    """Drawn anew by each writer: who reads another one than its own has lost the folder."""
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """With a token of its own."""
+        return cls(os.getpid(), socket.gethostname(), secrets.token_hex(16))
+
+    @classmethod
+    def of(cls, folder: Path) -> Holder | None:
+        """None where nobody has said."""
+        try:
+            return cls(**orjson.loads((folder / _LOCK).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 class RunFolder:
-    """`<log_path>` of a recipe, held by one run at a time."""
+    """`<log_path>` of a recipe, written to by one run at a time."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
+        self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.bad_rows = path / "bad_rows.jsonl"
         self.samples = path / "samples.jsonl"
+        self.checkpoints = path / CHECKPOINTS
+        self.listing = path / LISTING
+        self.summary = path / SUMMARY
         self._lock = lock
+        self._holder = Holder.this_process()
+        replace_file(path / _LOCK, orjson.dumps(asdict(self._holder)))
 
     @classmethod
-    def start(cls, log_path: str, config: dict[str, Any]) -> tuple[RunFolder, Path | None]:
-        """Make the folder and write `config.json`; an earlier run's files move to `previous-<n>/`.
+    def open(cls, log_path: str, takeover: bool = False) -> RunFolder:
+        """Make the folder if need be and become its one writer; what killed runs left half written is removed.
 
-        Returns the folder and where the earlier run went, None if there was none. Nothing is deleted. Raises
-        `ConfigError` for a folder that cannot be written to, that another run is writing to, or that holds
-        files of these names which are not a run's.
+        Raises `ConfigError` for a folder that cannot be written to, that another run is writing to (with `takeover`
+        that one is stopped at its next write), or that holds files of a run's names which are not a run's.
         """
         path = Path(log_path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _locked(path))
             with ExitStack() as on_failure:
-                on_failure.callback(run.close)
-                previous = _move_earlier_run(path)
-                (path / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
+                lock = _locked(path, takeover)
+                on_failure.callback(os.close, lock)
+                _refuse_foreign(path)
+                folder = cls(path, lock)
+                for parent in (path, path / CHECKPOINTS):
+                    sweep(parent)
                 on_failure.pop_all()
+        except StorageError:
+            raise
         except OSError as error:
             raise ConfigError(
                 f"log_path: {log_path}: {error}; name a folder that can be written to"
             ) from error
-        return run, previous
+        return folder
 
     def close(self) -> None:
         """Let another run have the folder."""
+        if Holder.of(self.path) == self._holder:
+            (self.path / _LOCK).unlink(missing_ok=True)
         os.close(self._lock)
+
+    def refuse_if_taken_over(self) -> None:
+        """Raise `ConfigError` if another process has taken the folder: what this one knows is no longer the run."""
+        holder = Holder.of(self.path)
+        if holder != self._holder:
+            by = f"by {holder}" if holder else f"({_LOCK} is gone)"
+            raise ConfigError(
+                f"log_path: {self.path} was taken over {by}; this run stops and writes nothing more"
+            )
+
+    @property
+    def earlier_run(self) -> bool:
+        """Whether there is anything of one."""
+        return any((self.path / name).exists() for name in RUN_FILES)
+
+    def set_aside(self, names: Iterable[str] = RUN_FILES) -> Path | None:
+        """Move what there is of these to a new `previous-<n>/`, and return that; None where there is nothing."""
+        present = [self.path / name for name in names if (self.path / name).exists()]
+        if not present:
+            return None
+        taken = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = max((int(n) for n in taken if n.isdigit()), default=0) + 1
+        previous = self.path / f"previous-{number}"
+        previous.mkdir()
+        for file in present:
+            target = previous / file.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+        sync(self.path)
+        return previous
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Replace `config.json`."""
+        replace_file(self.config, orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`: from now on the run is finished."""
+        replace_file(self.summary, orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What the finished run in this folder came to; None where it is not finished."""
+        try:
+            content = orjson.loads(self.summary.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return None
+        return content if isinstance(content, dict) else None
 
     def export_path(self, adapter: bool) -> Path:
         """Where the final weights go."""
         return self.path / ("adapter" if adapter else "model")
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, takeover: bool) -> int:
     """A lock on the folder itself, gone with the process that holds it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if takeover:
+            _take_over(path, descriptor)
+            return descriptor
         os.close(descriptor)
+        holder = Holder.of(path)
         raise ConfigError(
-            f"log_path: another run is writing to {path}; wait for it or name another folder"
+            f"log_path: another run ({holder or 'it has not said which'}) is writing to {path}; wait for it, name "
+            "another folder, or stop it with --takeover"
         ) from None
     return descriptor
 
 
-def _move_earlier_run(path: Path) -> Path | None:
-    present = [path / name for name in RUN_FILES if (path / name).exists()]
-    if not present:
-        return None
-    if not _is_a_run(path / "config.json"):
-        names = ", ".join(file.name for file in present)
+def _take_over(path: Path, descriptor: int) -> None:
+    """Fence the old writer: it checks the token before it writes. Wait for its lock; it may hang and never let go."""
+    replace_file(path / _LOCK, orjson.dumps(asdict(Holder.this_process())))
+    give_up = time.monotonic() + TAKEOVER_SECONDS
+    while time.monotonic() < give_up:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+
+
+def _refuse_foreign(path: Path) -> None:
+    present = [name for name in RUN_FILES if (path / name).exists()]
+    if present and not _is_a_run(path / "config.json"):
         raise ConfigError(
-            f"log_path: {path} holds {names}, but is not the folder of a run; name another folder"
+            f"log_path: {path} holds {', '.join(present)}, but is not the folder of a run; name another folder"
         )
-    taken = [int(p.name.removeprefix("previous-")) for p in path.glob("previous-*") if p.name[9:].isdigit()]
-    previous = path / f"previous-{max(taken, default=0) + 1}"
-    previous.mkdir()
-    for file in present:
-        file.rename(previous / file.name)
-    return previous
 
 
 def _is_a_run(config: Path) -> bool:

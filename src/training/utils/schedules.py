@@ -98,11 +98,13 @@ class Epochs:
         """Optimizer steps of the whole run; a last, smaller batch of an epoch is one."""
         return self.epochs * math.ceil(self.count / self.batch_size)
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches in order."""
-        step = 0
-        for epoch in range(self.epochs):
+    def batches(self, after: int = 0) -> Iterator[Batch]:
+        """The batches of all steps after step `after`, in order."""
+        steps = math.ceil(self.count / self.batch_size)
+        for epoch in range(after // steps, self.epochs):
             order = epoch_order(self.count, self.seed, epoch, self.shuffle)
-            for start in range(0, self.count, self.batch_size):
-                step += 1
+            for number, start in enumerate(range(0, self.count, self.batch_size), start=1):
+                step = epoch * steps + number
+                if step <= after:
+                    continue
                 yield Batch(step, epoch + 1, tuple(order[start : start + self.batch_size].tolist()))

@@ -1,0 +1,208 @@
+"""What a run does with the folder it is given: start, go on from a checkpoint, or say that all is done.
+
+`auto` never starts afresh over something that could be gone on with, and never goes on with what it was not asked for:
+where neither is right it refuses and names the flag for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firesteel.sdk import CheckpointError
+from firesteel.sealed import damage
+from training.utils.checkpoints import (
+    NOTES,
+    Identity,
+    Listed,
+    Notes,
+    ReferenceRecord,
+    cut_metrics,
+    found_in,
+    write_listing,
+)
+from training.utils.run_folder import LISTING, RESULTS, RunFolder
+
+FRESH = "start anew with --fresh (resume: never): what is there moves to previous-<n>/, nothing is deleted"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The run that was asked for."""
+
+    identity: Identity
+    may_change: frozenset[str]
+    """Settings that neither the objective nor the data depend on."""
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run from its beginning."""
+
+    previous: Path | None
+    """Where an earlier run went."""
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """A run from a checkpoint."""
+
+    checkpoint: Path
+    notes: Notes
+    said: tuple[str, ...]
+    """What is different from the run that it goes on with, for people."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has nothing left to do."""
+
+    summary: Mapping[str, Any]
+    checkpoint: Path
+
+
+def find_start(folder: RunFolder, resume: str, wanted: Wanted) -> Start | GoOn | Finished:
+    """`resume` is `auto`, `never` or `step-<n>`. Moves nothing but for a new start.
+
+    Raises `CheckpointError` where the run cannot go on as asked.
+    """
+    if resume == "never":
+        return Start(folder.set_aside())
+    found = found_in(folder.path)
+    if not found:
+        if resume != "auto":
+            raise CheckpointError(f"resume: {resume}: {folder.path} has no checkpoints; {FRESH}")
+        return Start(folder.set_aside())
+    chosen = found[-1] if resume == "auto" else _named(resume, found, folder.path)
+    notes = _whole(chosen, found, folder.path)
+    _refuse_another_run(notes, wanted, folder.path)
+    if resume == "auto" and _is_finished(folder, notes, wanted):
+        summary = folder.read_summary()
+        assert summary is not None
+        return Finished(summary, folder.path / chosen.path)
+    if notes.position.step > wanted.total_steps:
+        raise CheckpointError(
+            f"epochs: {folder.path / chosen.path} is {notes.position.step} steps in, and this run would have "
+            f"{wanted.total_steps}; ask for more epochs, for an earlier checkpoint (--resume-from), or {FRESH}"
+        )
+    return GoOn(folder.path / chosen.path, notes, tuple(_changes(notes, wanted)))
+
+
+def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
+    """Make the folder what it was when the checkpoint was written; yields what people should know.
+
+    Checkpoints after it and results of a finished run are set aside.
+    """
+    step = start.notes.position.step
+    entries = found_in(folder.path)
+    later = [entry for entry in entries if entry.step > step]
+    names = [*(entry.path for entry in later), *RESULTS]
+    previous = folder.set_aside([name for name in names if (folder.path / name).exists()])
+    if previous is not None:
+        if later:  # what they were the checkpoints of goes with them
+            for name in ("metrics.jsonl", LISTING):
+                if (folder.path / name).exists():
+                    (previous / name).write_bytes((folder.path / name).read_bytes())
+        yield f"what came after step {step} moved to {previous}"
+    write_listing(folder, [entry for entry in entries if entry.step <= step])
+    folder.bad_rows.unlink(missing_ok=True)  # the same rows are about to be found again
+    if not cut_metrics(folder.metrics, start.notes.position.metrics_bytes):
+        yield f"{folder.metrics} is shorter than it was at step {step}: earlier lines are missing"
+
+
+def refuse_another_reference(
+    then: ReferenceRecord, now: ReferenceRecord, checkpoint: Path, tolerance: float
+) -> None:
+    """Raise `CheckpointError` unless a reference is the one that the run began with.
+
+    Its identity first; then what it says of the probe rows, within `tolerance` nats per token.
+    """
+    if then.weights != now.weights:
+        raise CheckpointError(
+            f"the reference is not the one that {checkpoint} was trained against: its weights are {now.weights}, "
+            f"they were {then.weights}; give it the base model that it had, or {FRESH}"
+        )
+    pairs = [
+        (a, b)
+        for was, is_ in zip(then.probes, now.probes, strict=True)
+        for a, b in zip(was, is_, strict=True)
+    ]
+    largest = max((abs(a - b) for a, b in pairs), default=0.0)
+    if not largest <= tolerance:
+        raise CheckpointError(
+            f"the reference gives other log-probabilities than when {checkpoint} was trained: by {largest:.3g} nats "
+            f"on its {len(then.probes) // 2} probe rows, allowed {tolerance:.0e} (weights {now.weights}, numerics "
+            f"{now.numerics}, before {then.numerics}); run it where it ran, or {FRESH}"
+        )
+
+
+def _named(resume: str, found: list[Listed], run: Path) -> Listed:
+    for entry in found:
+        if f"step-{entry.step}" == resume:
+            return entry
+    there = ", ".join(f"step-{entry.step}" for entry in found)
+    raise CheckpointError(f"resume: {run} has no checkpoint {resume}; there is {there}")
+
+
+def _whole(chosen: Listed, found: list[Listed], run: Path) -> Notes:
+    try:
+        return Notes.read(run / chosen.path)
+    except CheckpointError as error:
+        earlier = [entry for entry in found if entry.step < chosen.step]
+        whole = next((e for e in reversed(earlier) if damage(run / e.path, names=(NOTES,)) is None), None)
+        offer = (
+            f"go on from the one before it with --resume-from step-{whole.step}"
+            if whole
+            else ("there is no whole one before it")
+        )
+        raise CheckpointError(f"{error}; {offer}, or {FRESH}") from None
+
+
+def _refuse_another_run(notes: Notes, wanted: Wanted, run: Path) -> None:
+    refused = [
+        f"  {name}: {then!r} then, {now!r} now"
+        for name, then, now in _differences(notes, wanted)
+        if name.split(".")[0] not in wanted.may_change
+    ]
+    if refused:
+        raise CheckpointError(
+            f"{run} holds a run of another objective or other data:\n"
+            + "\n".join(refused)
+            + "\ngo on with the "
+            f"settings and data that it had, name another log_path, or {FRESH}"
+        )
+
+
+def _changes(notes: Notes, wanted: Wanted) -> Iterator[str]:
+    for name, then, now in _differences(notes, wanted):
+        yield f"{name}: {then!r} → {now!r}"
+    if notes.total_steps != wanted.total_steps:
+        yield f"the run and its learning-rate schedule now end at step {wanted.total_steps} (was {notes.total_steps})"
+
+
+def _differences(notes: Notes, wanted: Wanted) -> Iterator[tuple[str, Any, Any]]:
+    """Every setting and hash that is not what it was. A setting that one of the two does not know is not compared."""
+    for then, now in (
+        (notes.identity.config, wanted.identity.config),
+        (notes.identity.data, wanted.identity.data),
+    ):
+        before, after = dict(_flat(then)), dict(_flat(now))
+        for name in before.keys() & after.keys():
+            if before[name] != after[name]:
+                yield name, before[name], after[name]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _is_finished(folder: RunFolder, notes: Notes, wanted: Wanted) -> bool:
+    summary = folder.read_summary()
+    return summary is not None and summary.get("steps") == notes.position.step == wanted.total_steps

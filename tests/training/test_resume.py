@@ -1,0 +1,326 @@
+"""A run that was killed, stopped or finished, and what becomes of it when it is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import RANKS, config, numbers, outcome
+
+from firesteel.sdk import CheckpointError, ConfigError, NonFiniteError
+from training.recipes import dpo_loop
+from training.recipes.dpo_loop import MAY_CHANGE_WHEN_GOING_ON, Config, main
+from training.utils.checkpoints import Listed, Retention, listed_in
+
+EVERYTHING_ON = {
+    "epochs": 3,
+    "batch_size": 2,
+    "eval_fraction": 0.25,
+    "eval_interval": 2,
+    "dcp_save_interval": 2,
+    "sample_prompts": ["Question 1?"],
+    "sample_max_tokens": 4,
+}
+
+
+class Killed(BaseException):
+    """As sudden as a test can make it inside one process: nothing of ours catches it."""
+
+
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
+    """Run until a step was made and nothing of it recorded; then all is gone."""
+    made = dpo_loop.train_step
+    calls = []
+
+    def train_step(run: Any, policy: Any, batch: Any, *rest: Any) -> dict[str, float]:
+        metrics = made(run, policy, batch, *rest)
+        calls.append(batch.step)
+        if batch.step == step:
+            raise Killed
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo_loop, "train_step", train_step)
+        with pytest.raises(Killed):
+            main(settings)
+    assert calls[-1] == step
+
+
+@RANKS
+@pytest.mark.parametrize("reference_pass", ["upfront", "lazy"])
+def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_was_never_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, reference_pass: str
+) -> None:
+    settings = {**EVERYTHING_ON, "reference_pass": reference_pass}
+    whole = config(tmp_path / "whole", count=12, lora_rank=rank, **settings)
+    main(whole)
+    broken = config(tmp_path / "broken", count=12, lora_rank=rank, **settings)
+    for step in (5, 6, 12):  # inside epoch 1, at an epoch's end, inside epoch 3
+        kill_after(step, monkeypatch, broken)
+    summary = main(broken)
+    assert outcome(whole) == outcome(broken)
+    assert summary.steps == 15
+    assert summary.before == json.loads(Path(whole.log_path, "summary.json").read_text())["before"]
+
+
+def test_a_finished_run_says_so_and_computes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, **EVERYTHING_ON)
+    first = main(settings)
+    before = outcome(settings)
+    monkeypatch.setattr(dpo_loop, "train", lambda run, service: pytest.fail("it trains"))
+    capsys.readouterr()
+    assert main(settings) == first
+    assert "finished, 6 steps; more epochs continue it" in capsys.readouterr().out
+    assert outcome(settings) == before
+
+
+def test_more_epochs_continue_a_finished_run_and_the_schedules_new_end_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = {"dcp_save_interval": 1, "epochs": 1}
+    main(config(tmp_path / "run", **constant))
+    capsys.readouterr()
+    assert main(config(tmp_path / "run", **constant | {"epochs": 3})).steps == 9
+    said = capsys.readouterr().out
+    assert "epochs: 1 → 3" in said
+    assert "learning-rate schedule now end at step 9 (was 3)" in said
+    main(config(tmp_path / "whole", **constant | {"epochs": 3}))
+    assert numbers(tmp_path / "run/run") == numbers(tmp_path / "whole/run")
+    assert (tmp_path / "run/run/previous-1/adapter").is_dir()  # of the run that had finished
+
+
+def test_a_run_without_checkpoints_moves_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(config(tmp_path))
+    main(config(tmp_path))
+    assert f"moved to {tmp_path / 'run/previous-1'}" in capsys.readouterr().out
+
+
+def test_never_moves_everything_aside_and_starts(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    main(config(tmp_path, dcp_save_interval=1, resume="never"))
+    aside = tmp_path / "run/previous-1"
+    assert (aside / "checkpoints/step-3").is_dir()
+    assert outcome(settings)["metrics"] == numbers(aside)
+
+
+def test_an_earlier_checkpoint_can_be_named_and_what_came_after_it_is_kept(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    whole = outcome(settings)
+    main(config(tmp_path, dcp_save_interval=1, resume="step-1"))
+    assert outcome(settings) == whole
+    aside = tmp_path / "run/previous-1"
+    assert {path.name for path in (aside / "checkpoints").iterdir()} == {"step-2", "step-3"}
+    assert numbers(aside) == whole["metrics"]
+    with pytest.raises(CheckpointError, match="has no checkpoint step-9; there is step-1, step-2, step-3"):
+        main(config(tmp_path, dcp_save_interval=1, resume="step-9"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"beta": 0.2}, "beta: 0.1 then, 0.2 now"),
+        ({"seed": 5}, "seed: 0 then, 5 now"),
+        ({"batch_size": 3}, "batch_size: 2 then, 3 now"),
+        ({"label_smoothing": 0.1}, "label_smoothing: 0.0 then, 0.1 now"),
+        ({"lora_rank": 2}, "lora_rank: 4 then, 2 now"),
+        ({"count": 7}, "pairs: 6 then, 7 now"),
+    ],
+    ids=str,
+)
+def test_another_objective_or_other_data_is_refused_with_the_difference(
+    tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    before = outcome(settings)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        main(config(tmp_path, **{"dcp_save_interval": 1, **changed}))
+    assert "--fresh" in str(caught.value)
+    assert outcome(settings) == before
+
+
+def test_rows_that_changed_under_the_same_name_are_other_data(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    text = Path(settings.dataset).read_text()
+    Path(settings.dataset).write_text(text.replace("yes 3", "yes 4"))
+    with pytest.raises(CheckpointError, match=r"dataset content: '[0-9a-f]{64}' then, '[0-9a-f]{64}' now"):
+        main(settings)
+
+
+def test_the_same_rows_under_another_name_are_the_same_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, dcp_save_interval=1, epochs=2)
+    main(config(tmp_path, dcp_save_interval=1))
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(settings.dataset, moved)
+    capsys.readouterr()
+    assert main(Config(**settings.resolved() | {"dataset": str(moved)})).steps == 6
+    assert f"→ '{moved}'" in capsys.readouterr().out
+
+
+def test_what_may_change_is_shown_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(config(tmp_path, dcp_save_interval=1))
+    capsys.readouterr()
+    main(config(tmp_path, dcp_save_interval=1, epochs=2, learning_rate=1e-4))
+    assert "learning_rate: 0.003 → 0.0001" in capsys.readouterr().out
+    assert numbers(tmp_path / "run")[-1]["train/lr"] == 1e-4
+
+
+def test_every_setting_is_known_by_whether_a_run_may_go_on_with_another() -> None:
+    """A new setting counts as one that makes another run until somebody says otherwise here."""
+    fixed = set(Config.model_fields) - MAY_CHANGE_WHEN_GOING_ON
+    assert fixed == {
+        *("beta", "label_smoothing", "lora_rank", "lora_alpha"),
+        *(
+            "batch_size",
+            "seed",
+            "shuffle",
+            "max_seq_len",
+            "truncate",
+            "on_bad_row",
+            "max_pairs",
+            "eval_fraction",
+        ),
+    }
+    assert set(Config.model_fields) >= MAY_CHANGE_WHEN_GOING_ON - {"eval_dataset content"}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda path: path.write_bytes(b"")], ids=["bit", "gone", "empty"]
+)
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.safetensors", "notes.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
+    tmp_path: Path, damage: Callable[[Path], object], name: str
+) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    damage(tmp_path / "run/checkpoints/step-3" / name)
+    longer = config(tmp_path, dcp_save_interval=1, epochs=2)
+    with pytest.raises(CheckpointError, match=rf"step-3 is damaged: .*{name}.*--resume-from step-2"):
+        main(longer)
+    assert main(config(tmp_path, dcp_save_interval=1, epochs=2, resume="step-2")).steps == 6
+
+
+def test_where_all_are_damaged_nothing_is_offered_but_to_start_anew(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=2)
+    main(settings)
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        (path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no whole one before it, or start anew with --fresh"):
+        main(config(tmp_path, dcp_save_interval=2, epochs=2))
+    assert main(config(tmp_path, dcp_save_interval=2, resume="never")).steps == 3
+
+
+def test_a_checkpoint_that_the_run_was_killed_before_listing_is_gone_on_with(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    lines = (tmp_path / "run/checkpoints.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run/checkpoints.jsonl").write_bytes(b"".join(lines[:-1]))
+    main(config(tmp_path, dcp_save_interval=1, epochs=2))
+    assert [entry.step for entry in listed_in(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_base_under_the_same_name_is_refused_with_both_identities(
+    tmp_path: Path, llama_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    settings = config(tmp_path, dcp_save_interval=1, base_model="tiny-llama", lora_rank=0, learning_rate=1e-4)
+    from firesteel import store
+    from firesteel.catalog import load_catalog
+
+    shutil.copytree(store.fetch(load_catalog().resolve_model("tiny-llama")), model)
+    settings = Config(**settings.resolved() | {"base_model": str(model)})
+    main(settings)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        next(iter(network.parameters()))[0, 0] += 1
+    shutil.rmtree(model / "x", ignore_errors=True)
+    os.chmod(model, 0o755)
+    for file in model.glob("*.safetensors"):
+        file.chmod(0o644)
+        file.unlink()
+    network.save_pretrained(model)
+    with pytest.raises(CheckpointError, match=r"weights are [0-9a-f]{64}, they were [0-9a-f]{64}"):
+        main(Config(**settings.resolved() | {"epochs": 2}))
+
+
+def test_checkpoints_beyond_those_asked_for_are_pruned(tmp_path: Path) -> None:
+    main(config(tmp_path, dcp_save_interval=1, epochs=3, keep_last=2, keep_every=4))
+    there = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert there == {"step-4", "step-8", "step-9"}
+    assert [entry.step for entry in listed_in(tmp_path / "run")] == [4, 8, 9]
+
+
+def test_the_best_by_a_held_out_metric_stays() -> None:
+    entries = [
+        Listed(n, 1, f"step-{n}", {"dpo_loss": loss}) for n, loss in ((1, 0.6), (2, 0.4), (3, 0.5), (4, 0.7))
+    ]
+    assert [e.step for e in Retention(last=1, best="dpo_loss").pruned(entries)] == [1, 3]
+    higher = [Listed(n, 1, f"step-{n}", {"margin": m}) for n, m in ((1, 0.6), (2, 0.9), (3, 0.5))]
+    assert [e.step for e in Retention(last=1, best="margin").pruned(higher)] == [1]
+    assert Retention().pruned(entries) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"keep_every": 2, "dcp_save_interval": 1}, "keep_last"),
+        ({"keep_last": 2}, "dcp_save_interval"),
+        (
+            {
+                "keep_last": 1,
+                "keep_best": "margin",
+                "dcp_save_interval": 3,
+                "eval_interval": 2,
+                "eval_fraction": 0.2,
+            },
+            "multiple",
+        ),
+        ({"resume": "step-x"}, "resume"),
+    ],
+    ids=str,
+)
+def test_settings_that_keep_nothing_are_refused(tmp_path: Path, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        config(tmp_path, **given)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_its_rows(tmp_path: Path) -> None:
+    settings = config(tmp_path, learning_rate=1e30, dcp_save_interval=1, shuffle=False)
+    with pytest.raises(NonFiniteError, match=r"step 2, .*pairs\.jsonl, lines 3, 4: .*; look at these rows"):
+        main(settings)
+    assert [entry.step for entry in listed_in(tmp_path / "run")] == [1]
+    assert [record["train/step"] for record in numbers(tmp_path / "run")] == [1]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    summary = main(config(tmp_path, learning_rate=1e30, on_nonfinite="skip"))
+    assert (summary.steps, summary.skipped_steps) == (3, 2)
+    assert [r.get("train/skipped_steps") for r in numbers(tmp_path / "run")] == [None, 1, 2]
+
+
+def test_a_policy_that_does_not_move_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(config(tmp_path, learning_rate=1e-30))
+    assert "warning: step 3: after 3 steps all margins are still 0" in capsys.readouterr().out
