@@ -77,7 +77,7 @@ def new_folder(target: Path, bytes_needed: int) -> Iterator[FolderWriter]:
     Raises `StorageError` with the path and the bytes needed where the disk is full or cannot be written to, or
     where there is something of that name already.
     """
-    try:
+    with storage_errors(target, bytes_needed):
         if target.exists():
             raise StorageError(f"{target} exists already; name a folder that does not")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,13 +92,6 @@ def new_folder(target: Path, bytes_needed: int) -> Iterator[FolderWriter]:
             sync(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"{target} was not written, {bytes_needed:,} bytes: {error}; make room, or name a folder that can be "
-            "written to"
-        ) from error
 
 
 def _refuse_full_disk(target: Path, bytes_needed: int) -> None:
@@ -156,24 +149,43 @@ def _sha256(path: Path) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it over `path`: a reader sees the old content or the new, also after a crash."""
+    """Write a file aside and rename it over `path`: a reader sees the old content or the new, also after a crash.
+
+    Raises `StorageError`; the old content stays then.
+    """
     partial = path.with_name(f".partial-{path.name}-{secrets.token_hex(4)}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+    with storage_errors(path, len(content)):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a sealed folder; killed in between, its name is gone and `sweep` removes the rest."""
     doomed = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
-    folder.rename(doomed)
+    with storage_errors(folder, 0):
+        folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def storage_errors(target: Path, bytes_needed: int) -> Iterator[None]:
+    """The system's refusals to write as one error that names the path and what it needs."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{target} was not written, {bytes_needed:,} bytes: {error}; make room, or name a folder that can be "
+            "written to"
+        ) from error
 
 
 def sweep(parent: Path) -> None:

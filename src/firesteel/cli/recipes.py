@@ -29,7 +29,13 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
     """A function whose signature, which typer reads, has one option per field of `config`."""
     paths = dict(_fields(config))
 
-    def command(config_file: Path | None, set_: list[str], **flags: str | bool | None) -> None:
+    def command(
+        config_file: Path | None,
+        set_: list[str],
+        fresh: bool = False,
+        resume_from: str | None = None,
+        **flags: str | bool | None,
+    ) -> None:
         values = _read_file(config_file) if config_file else {}
         for assignment in set_:
             path, equals, text = assignment.partition("=")
@@ -40,6 +46,10 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
             if given is not None:
                 value = given if isinstance(given, bool) else _value(given)
                 _assign(values, paths[name].split("."), value)
+        if fresh and resume_from is not None:
+            raise ConfigError("--fresh and --resume-from say opposite things; give one of them")
+        if fresh or resume_from is not None:
+            values["resume"] = "never" if fresh else resume_from
         main(config(**values))
 
     file = typer.Argument(None, metavar="[CONFIG.yaml]", help="Settings as YAML.", show_default=False)
@@ -49,6 +59,15 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
         inspect.Parameter("config_file", kind, default=file, annotation=Path | None),
         inspect.Parameter("set_", kind, default=assignments, annotation=list[str]),
     ]
+    if "resume" in config.model_fields:
+        anew = typer.Option(
+            False, "--fresh", help="Start anew: the same as --resume never.", show_default=False
+        )
+        there = typer.Option(
+            None, "--resume-from", metavar="step-N", help="The same as --resume step-N.", show_default=False
+        )
+        parameters.append(inspect.Parameter("fresh", kind, default=anew, annotation=bool))
+        parameters.append(inspect.Parameter("resume_from", kind, default=there, annotation=str | None))
     for name, path in paths.items():
         option, annotation = _option(config, path)
         parameters.append(inspect.Parameter(name, kind, default=option, annotation=annotation))

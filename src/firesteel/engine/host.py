@@ -65,6 +65,7 @@ from firesteel.sdk.types import (
     TensorData,
 )
 from firesteel.sdk.validation import check_data
+from firesteel.sealed import storage_errors, sync
 
 
 @dataclass(frozen=True)
@@ -256,16 +257,19 @@ class Host:
         if target.exists():
             raise OperationError(f"save_weights: {target} exists already; name a folder that does not")
         partial = target.with_name(f".partial-{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            trainer.write_weights(partial)
-            if not trainer.adapted:
-                store.copy_tokenizer(trainer.base.folder, partial)
-            partial.rename(target)
-        except BaseException:
+        with storage_errors(target, trainer.trained_bytes):
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            partial.mkdir(parents=True)
+            try:
+                trainer.write_weights(partial)
+                if not trainer.adapted:
+                    store.copy_tokenizer(trainer.base.folder, partial)
+                for path in partial.iterdir():
+                    sync(path)
+                partial.rename(target)
+                sync(target.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return SaveWeightsResponse(str(target))
 
     def _save_state(self, operation: SaveState) -> Future[SaveStateResponse]:

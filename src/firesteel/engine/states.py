@@ -18,11 +18,11 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from firesteel.sdk.errors import CheckpointError
@@ -52,7 +52,7 @@ class Environment:
     def of_this_process(cls) -> Environment:
         """As it is now."""
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return cls(torch.__version__, transformers.__version__, torch.get_num_threads(), processor)
+        return cls(torch.__version__, version("transformers"), torch.get_num_threads(), processor)
 
     def differences(self, now: Environment) -> tuple[str, ...]:
         """As `threads: 4, now 2`."""
@@ -116,9 +116,9 @@ def read_state(folder: Path, with_optimizer: bool) -> TrainerState:
     try:
         described = dict(read_json(folder / STATE))
         environment = Environment(**described.pop("environment"))
-        if (version := described.pop("format")) != _FORMAT:
+        if (found := described.pop("format")) != _FORMAT:
             raise CheckpointError(
-                f"checkpoint {folder} has format {version}; this program reads format {_FORMAT}"
+                f"checkpoint {folder} has format {found}; this program reads format {_FORMAT}"
             )
         belonging = Belonging(**described)
         weights = load_file(folder / WEIGHTS)

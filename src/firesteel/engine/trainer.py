@@ -257,6 +257,11 @@ class Trainer:
                 self.base.network.save_pretrained(folder)
 
     @property
+    def trained_bytes(self) -> int:
+        """Of the weights that an export writes."""
+        return sum(parameter.nbytes for parameter in self._trained_parameters().values())
+
+    @property
     def adapted(self) -> bool:
         """Whether the policy is an adapter."""
         return self._adapter is not None

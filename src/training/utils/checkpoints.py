@@ -163,6 +163,10 @@ class Checkpoints:
         (entry, future), self._writing = self._writing, None
         future.result()
         self._folder.refuse_if_taken_over()
+        self.add(entry)
+
+    def add(self, entry: Listed) -> None:
+        """List a checkpoint that is whole on the disk, and prune. Raises `StorageError`."""
         listed = [*(e for e in listed_in(self._folder.path) if e.step < entry.step), entry]
         pruned = self._retention.pruned(listed)
         write_listing(self._folder, [e for e in listed if e not in pruned])

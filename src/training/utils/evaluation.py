@@ -12,6 +12,7 @@ import orjson
 
 from firesteel.sdk import DataError, SamplingParams
 from firesteel.sdk.types import BoolArray
+from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
 from training.utils.losses import DpoObjective, PairScores, preference_metrics, score_pairs
 from training.utils.pair_sets import PairSet
@@ -96,9 +97,9 @@ class Answers:
 
     def write_comparison(self, path: Path, before: Sequence[str], after: Sequence[str]) -> list[str]:
         """Write one JSON object per prompt, and return the same for people to read."""
-        lines = []
-        with path.open("wb") as file:
-            for prompt, old, new in zip(self.prompts, before, after, strict=True):
-                file.write(orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n")
-                lines.append(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
+        lines, rows = [], b""
+        for prompt, old, new in zip(self.prompts, before, after, strict=True):
+            rows += orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n"
+            lines.append(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
+        replace_file(path, rows)
         return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import orjson
 
+from firesteel.sealed import storage_errors
 from training.utils.config import WandBConfig
 
 logger = logging.getLogger("firesteel")
@@ -94,15 +96,21 @@ class JsonlSink:
     """One JSON object a line, each written at once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        with storage_errors(path, 0):
+            self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line. A number that is not finite becomes null."""
-        self._file.write(orjson.dumps({"train/step": step, **metrics}) + b"\n")
+        line = orjson.dumps({"train/step": step, **metrics}) + b"\n"
+        with storage_errors(self._path, len(line)):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def synced(self) -> int:
         """Bring the lines to the disk; the length of the file in bytes."""
-        os.fsync(self._file.fileno())
+        with storage_errors(self._path, 0):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, FloatArray, ModelInput, TensorData
+from firesteel.sealed import storage_errors
 from training.utils.preference_data import OnBadRow, PreferenceFile, refuse_rows
 from training.utils.preference_examples import ExampleError, PreferenceExample
 from training.utils.rendering import RenderedPair, Renderer
@@ -224,7 +225,7 @@ def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutc
     rows = (
         {"file": source, "line": row.line, "outcome": row.outcome, "reason": row.reason} for row in outcomes
     )
-    with Path(path).open("a", encoding="utf-8") as file:
+    with storage_errors(Path(path), 0), Path(path).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

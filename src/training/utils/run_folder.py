@@ -15,7 +15,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ class RunFolder:
     def close(self) -> None:
         """Let another run have the folder."""
         if Holder.of(self.path) == self._holder:
-            (self.path / _LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # the lock is the folder's own; the file only says whose it is
+                (self.path / _LOCK).unlink()
         os.close(self._lock)
 
     def refuse_if_taken_over(self) -> None:

@@ -1,0 +1,65 @@
+"""A process that only saves: a checkpoint of a run, listed and pruned, with torch and nothing else of weight.
+
+A server imports once and forks a child for each trial, so that a trial costs a fork. The child waits for a line on its
+standard input; by then strace holds it.
+
+    python saver.py FOLDER…    one trial for each line `FOLDER` read: answers the child's pid, then its exit status
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from firesteel.engine.states import Belonging, Environment, TrainerState, write_state
+from firesteel.sdk.errors import StorageError
+from training.utils.checkpoints import Checkpoints, Listed, Retention
+from training.utils.run_folder import RunFolder
+
+SAVED, REFUSED = 0, 3
+
+
+def state(step: int) -> TrainerState:
+    """One whose every number says which step it is of."""
+    weights = {f"layer.{n}": torch.full((64, 65), float(step)) for n in range(3)}
+    moments = {f"{name}.exp_avg": tensor.clone() for name, tensor in weights.items()}
+    belonging = Belonging("tiny", None, None, "float32")
+    return TrainerState(belonging, Environment.of_this_process(), weights, moments)
+
+
+def save(run: Path, step: int) -> None:
+    """As a run does it: a whole folder, then its line, then what is no longer to be kept."""
+    folder = RunFolder.open(str(run))
+    target = run / f"checkpoints/step-{step}"
+    write_state(state(step), target, {"step": step})
+    Checkpoints(folder, Retention(last=2)).add(Listed(step, 1, f"checkpoints/step-{step}", {}))
+    folder.close()
+
+
+def serve() -> None:
+    """Fork a child per line."""
+    for line in sys.stdin:
+        waiting, go = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(go)
+            os.read(waiting, 1)
+            try:
+                save(Path(line.strip()), 3)
+            except StorageError:
+                os._exit(REFUSED)
+            os._exit(SAVED)
+        os.close(waiting)
+        print(child, flush=True)
+        sys.stdin.readline()  # strace is there
+        os.write(go, b"x")
+        os.close(go)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve()
