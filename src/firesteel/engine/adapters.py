@@ -6,6 +6,7 @@ one is active. With none active a layer computes exactly its base layer: the bas
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,40 @@ class Adapter:
         self._peft_config.base_model_name_or_path = self._base.origin
         self._peft_config.inference_mode = True
         self._peft_config.save_pretrained(str(folder))
+
+    def identity(self) -> str:
+        """SHA-256 of base and adapter as they are in memory."""
+        digest = hashlib.sha256(f"{self._base.identity} {self._peft_config.lora_alpha} ".encode())
+        for name, parameter in sorted(self.parameters().items()):
+            plain = parameter.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)} ".encode())
+            digest.update(plain.numpy().data)
+        return digest.hexdigest()
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        """The base's tensors by their own names, ``W + scaling · B A`` where a layer is adapted.
+
+        Raises `ModelError` where that is no model of the base's architecture: a head that is tied to the embedding.
+        """
+        network = self._base.network
+        tensors = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in network.state_dict().items()
+            if ".lora_" not in name
+        }
+        for path, layer in network.named_modules():
+            if not isinstance(layer, LoraLayer) or self._name not in layer.r:
+                continue
+            name = f"{path}.weight"
+            if layer is network.get_output_embeddings() and network.config.tie_word_embeddings:
+                raise ModelError(
+                    f"{self._base.name}: its head is the embedding's matrix, and merging would change both; export "
+                    "the adapter by itself (format peft)"
+                )
+            with torch.no_grad():
+                change = layer.get_delta_weight(self._name)
+                tensors[name] = (tensors[name].to(change.dtype) + change).to(tensors[name].dtype)
+        return tensors
 
     def remove(self) -> None:
         """Take the adapter off the base and free its weights."""

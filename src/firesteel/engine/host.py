@@ -22,14 +22,13 @@ from firesteel.engine.models import (
     longest_sequence,
     numerics_identity,
     on_shape,
-    weights_identity,
 )
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
-from firesteel.engine.states import read_state, write_state
+from firesteel.engine.states import read_start, read_state, write_state
 from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss
 from firesteel.fetching import shown_on_stderr
-from firesteel.sdk.errors import ModelError, OperationError
+from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
@@ -111,8 +110,8 @@ class Host:
             case UnloadModel():
                 return self._unload(operation.model_id)
             case IdentifyModel():
-                base = self._model(operation.model_id).trainer.base
-                return ModelIdentity(weights_identity(base.network), numerics_identity(base))
+                trainer = self._model(operation.model_id).trainer
+                return ModelIdentity(trainer.identity(), numerics_identity(trainer.base))
             case Forward():
                 return self._forward(operation)
             case ForwardBackward():
@@ -158,9 +157,16 @@ class Host:
             return entry, store.fetch(entry, progress)
 
     def _create_model(self, operation: CreateModel) -> ModelDescription:
-        owns_weights = operation.trainable and operation.lora is None
-        base = self._load(operation, owns_weights)
-        return self._host(base, operation)
+        owns_weights = operation.lora is None and (operation.trainable or operation.start is not None)
+        start = read_start(Path(operation.start), operation.lora) if operation.start is not None else None
+        description = self._host(self._load(operation, owns_weights), operation)
+        if start is not None:
+            try:
+                self.models[description.model_id].trainer.begin_with(*start)
+            except CheckpointError:
+                self._unload(description.model_id)
+                raise
+        return description
 
     def _load(self, operation: CreateModel, owns_weights: bool) -> BaseModel:
         """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
@@ -261,8 +267,8 @@ class Host:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             try:
-                trainer.write_weights(partial)
-                if not trainer.adapted:
+                trainer.write_weights(partial, operation.merged)
+                if operation.merged or not trainer.adapted:
                     store.copy_tokenizer(trainer.base.folder, partial)
                 for path in partial.iterdir():
                     sync(path)

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from firesteel.sdk.errors import CheckpointError
+from firesteel.sdk.types import LoraConfig
 from firesteel.sealed import damage, new_folder, read_json
 
 _FORMAT = 1
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, OPTIMIZER, STATE, NOTES = "weights.safetensors", "optimizer.safetensors", "state.json", "notes.json"
 _DTYPES = {
     torch.float64: "F64",
@@ -123,11 +126,44 @@ def read_state(folder: Path, with_optimizer: bool) -> TrainerState:
         belonging = Belonging(**described)
         weights = load_file(folder / WEIGHTS)
         optimizer = load_file(folder / OPTIMIZER) if with_optimizer else None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error!r}") from error
     return TrainerState(belonging, environment, weights, optimizer)
+
+
+def read_start(folder: Path, lora: LoraConfig | None) -> tuple[Belonging | None, Mapping[str, torch.Tensor]]:
+    """The weights of a saved state, or of an adapter in PEFT's format, and what a state says it belongs to.
+
+    Raises `CheckpointError` for a folder that is neither, or an adapter of other settings than `lora`.
+    """
+    if (folder / STATE).exists():
+        state = read_state(folder, with_optimizer=False)
+        return state.belonging, state.weights
+    if lora is None or not (folder / ADAPTER_CONFIG).exists():
+        wanted = f"a saved state ({STATE})" + ("" if lora is None else f" or an adapter ({ADAPTER_CONFIG})")
+        raise CheckpointError(f"{folder} is not {wanted}")
+    try:
+        settings = read_json(folder / ADAPTER_CONFIG)
+        _refuse_other_adapter(folder, settings, lora)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"adapter {folder} cannot be read: {error}") from error
+    return None, {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+
+
+def _refuse_other_adapter(folder: Path, settings: Mapping[str, Any], lora: LoraConfig) -> None:
+    plain = {"r": lora.rank, "lora_alpha": lora.alpha, "peft_type": "LORA", "bias": "none"}
+    plain |= {"use_dora": False, "use_rslora": False, "modules_to_save": None}
+    for name, wanted in plain.items():
+        if settings.get(name, wanted) != wanted:
+            raise CheckpointError(
+                f"adapter {folder} has {name} {settings[name]!r}, this model's has {wanted!r}; give the model the "
+                "adapter's own lora_rank and lora_alpha"
+            )
 
 
 def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:

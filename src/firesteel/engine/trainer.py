@@ -20,7 +20,7 @@ from firesteel.engine.adapters import Adapter, switch_adapter
 from firesteel.engine.attention import using_attention
 from firesteel.engine.logprobs import Asked, plain_logprobs, tree_logprobs
 from firesteel.engine.losses import datum_loss
-from firesteel.engine.models import BaseModel, add_embedding_rows_to_head
+from firesteel.engine.models import BaseModel, add_embedding_rows_to_head, weights_identity
 from firesteel.engine.optimizer import Optimizer
 from firesteel.engine.packing import MicroBatch
 from firesteel.engine.plain import plain_layers, plain_pass, pull, sketch
@@ -107,6 +107,8 @@ class Trainer:
     ) -> None:
         """`lora` adapts the base and leaves it frozen; without it a trainable trainer owns the base's weights.
 
+        What is not `trainable` only runs forward, an adapter included.
+
         Graphs are kept between a forward and its backward for at most `activation_token_budget` tokens after
         sharing; None = `ACTIVATION_TOKEN_BUDGET` of the device.
         """
@@ -114,7 +116,7 @@ class Trainer:
         self.activation_token_budget = activation_token_budget or ACTIVATION_TOKEN_BUDGET[base.device]
         self._choices_told: set[bool] = set()
         self._activations = Activations(base.network.parameters())
-        self._adapter = Adapter(base, name, lora) if lora and trainable else None
+        self._adapter = Adapter(base, name, lora) if lora else None
         self._lora = lora
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
@@ -129,6 +131,9 @@ class Trainer:
                 base.network.requires_grad_(True)
                 add_embedding_rows_to_head(base)
             self._optimizer = Optimizer(self._trained_parameters())
+        elif self._adapter is not None:
+            for parameter in self._adapter.parameters().values():
+                parameter.requires_grad_(False)
 
     @property
     def tokens_per_pass(self) -> int:
@@ -236,25 +241,43 @@ class Trainer:
         Raises `CheckpointError`, with nothing changed, for a state of another model.
         """
         optimizer = self._need_trainable("load_state")
-        parameters = self._trained_parameters()
-        self._belonging().refuse_other(state.belonging)
-        _refuse_other_tensors(state.weights, parameters)
         optimizer.check(state.optimizer or {})
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state.weights[name])
+        self.begin_with(state.belonging, state.weights)
         optimizer.load(state.optimizer or {})
         self._lost_gradient = None
         return state.environment.differences(Environment.of_this_process())
 
-    def write_weights(self, folder: Path) -> None:
-        """Write an adapter in PEFT's format, or the whole model in Hugging Face's, into an empty folder."""
-        if self._adapter is not None:
+    def begin_with(self, belonging: Belonging | None, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take all weights that this model has of its own from others of the same names, shapes and types.
+
+        Raises `CheckpointError`, with nothing changed, for those of another model.
+        """
+        parameters = self._trained_parameters()
+        if belonging is not None:
+            self._belonging().refuse_other(belonging)
+        _refuse_other_tensors(weights, parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+
+    def identity(self) -> str:
+        """SHA-256 of what it computes with, read from memory."""
+        if self._adapter is None:
+            return weights_identity(self.base.network)
+        return self._adapter.identity()
+
+    def write_weights(self, folder: Path, merged: bool = False) -> None:
+        """Write an adapter in PEFT's format, or the whole model in Hugging Face's, into an empty folder.
+
+        `merged` writes base and adapter as one whole model.
+        """
+        if self._adapter is not None and not merged:
             self._adapter.write(folder)
-        else:
-            # Ours is not a name that others could load.
-            with using_attention(self.base.network, self.base.native_attention), quiet_transformers():
-                self.base.network.save_pretrained(folder)
+            return
+        tensors = self._adapter.merged() if self._adapter is not None else None
+        # Ours is not a name that others could load.
+        with using_attention(self.base.network, self.base.native_attention), quiet_transformers():
+            self.base.network.save_pretrained(folder, state_dict=tensors)
 
     @property
     def trained_bytes(self) -> int:

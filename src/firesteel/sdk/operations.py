@@ -52,7 +52,7 @@ class ModelIdentity:
     """What decides a model's log-probabilities."""
 
     weights: str
-    """SHA-256 of configuration and parameters as they are in memory, adapter excluded where it is off."""
+    """SHA-256 of configuration and parameters as they are in memory, the model's adapter, if it has one, included."""
     numerics: str
     """dtype, device type, attention path, torch and transformers minor versions."""
 
@@ -84,6 +84,9 @@ class CreateModel:
     trainable: bool = True
     activation_token_budget: int | None = None
     """None = what suits the device."""
+    start: str | None = None
+    """A saved state, or an adapter in PEFT's format, whose weights the model begins with; None = the base, or a fresh
+    adapter. Refused, as by `LoadState`, where it is of another model."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +195,14 @@ class OptimStep:
 class SaveWeights:
     """Export to a new folder: an adapter in PEFT's format, all weights in Hugging Face's.
 
+    With `merged` an adapter is added to its base, and the result written as a whole model.
     Result: `SaveWeightsResponse`.
     """
 
     model_id: str
     seq_id: int
     path: str
+    merged: bool = False
 
 
 @dataclass(frozen=True)

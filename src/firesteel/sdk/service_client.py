@@ -67,6 +67,8 @@ class ServiceClient:
         self.provisioning = provisioning or Provisioning()
         self._transport = transport
         self._policies: list[TrainingClient] = []
+        self._adapters: dict[str, LoraConfig | None] = {}
+        """Of each policy, by its model's id."""
         self._references: list[tuple[ReferenceStrategy, TrainingClient]] = []
         self._closed = False
 
@@ -79,11 +81,13 @@ class ServiceClient:
         lora_alpha: float = 32.0,
         seed: int = 0,
         activation_token_budget: int | None = None,
+        start: str | None = None,
     ) -> TrainingClient:
         """Load a policy: all weights trainable at rank 0, else a fresh LoRA adapter on the frozen base.
 
         `lora_config` (ours or one with the same attributes) gives all adapter settings at once.
-        `activation_token_budget` is used where the service was not built with one.
+        `activation_token_budget` is used where the service was not built with one. `start` is the folder of a saved
+        state or of an adapter in PEFT's format that it begins with; the optimizer is new.
         """
         config = as_lora_config(lora_config) if lora_config is not None else None
         if config is not None and lora_rank not in (None, config.rank):
@@ -97,9 +101,10 @@ class ServiceClient:
         shape = self._policy_shape(model, rank or 0)
         budget = self.provisioning.activation_token_budget or activation_token_budget
         client = self._create(
-            CreateModel(model, shape, config if rank else None, activation_token_budget=budget)
+            CreateModel(model, shape, config if rank else None, activation_token_budget=budget, start=start)
         )
         self._policies.append(client)
+        self._adapters[client.model_id] = config if rank else None
         return client
 
     def create_reference_client(
@@ -108,8 +113,12 @@ class ServiceClient:
         lora_rank: int | None = None,
         *,
         policy_client: TrainingClient | None = None,
+        start: str | None = None,
     ) -> TrainingClient:
         """A frozen model that gives the base model's log-probabilities, by the rule of `decide_reference`.
+
+        With `start` (as in `create_training_client`) it is what a policy that starts there is before its first step:
+        for LoRA a second, frozen adapter on the same base.
 
         With a shared reference, `policy_client` says whose base it is (default: the newest LoRA policy on that
         model). Raises `ConfigError` if there is no such policy.
@@ -117,11 +126,14 @@ class ServiceClient:
         rank = self._agreed("lora_rank", lora_rank, self.provisioning.lora_rank) or 0
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         strategy = decide_reference(rank, self.provisioning.reference_training_shape_id)
-        if strategy is ReferenceStrategy.SHARED:
-            policy = self._policy_on(model, policy_client)
+        shared = strategy is ReferenceStrategy.SHARED
+        policy = self._policy_on(model, policy_client) if shared or (rank and start) else None
+        if policy is not None and start is None:
             client = self._create(CreateBaseReference(policy.model_id))
         else:
-            client = self._create(CreateModel(model, self._reference_shape(model), trainable=False))
+            shape = policy.description.shape if policy and shared else self._reference_shape(model)
+            lora = self._adapters[policy.model_id] if policy else None
+            client = self._create(CreateModel(model, shape, lora, trainable=False, start=start))
         self._references.append((strategy, client))
         return client
 

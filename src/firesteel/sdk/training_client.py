@@ -182,10 +182,15 @@ class TrainingClient:
         check_adam_params(params)
         return self._send(lambda seq: OptimStep(self.model_id, seq, params))
 
-    def save_weights(self, path: str | os.PathLike[str]) -> APIFuture[SaveWeightsResponse]:
-        """Export to the folder `path`: PEFT's format for a LoRA policy, Hugging Face's for a full one."""
+    def save_weights(
+        self, path: str | os.PathLike[str], *, merged: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Export to the folder `path`: PEFT's format for a LoRA policy, Hugging Face's for a full one.
+
+        `merged` adds an adapter to its base and writes a whole model.
+        """
         _check_path("save_weights", path)
-        return self._send(lambda seq: SaveWeights(self.model_id, seq, str(path)))
+        return self._send(lambda seq: SaveWeights(self.model_id, seq, str(path), merged))
 
     def save_state(
         self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None

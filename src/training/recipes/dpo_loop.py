@@ -24,7 +24,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from firesteel.sdk import AdamParams, NonFiniteError, ServiceClient
-from training.utils.checkpoints import Checkpoints, Identity, Notes, Position, ReferenceRecord, Retention
+from training.utils.checkpoints import (
+    Checkpoints,
+    Identity,
+    Notes,
+    Position,
+    ReferenceRecord,
+    Retention,
+    newest_checkpoint,
+)
 from training.utils.client import ReconnectableClient
 from training.utils.config import Settings, TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
@@ -102,6 +110,14 @@ class Config(Settings):
     """Of the row order, the adapter's start and the held-out split."""
     shuffle: bool = True
     """A new row order every epoch."""
+    init_from_checkpoint: str | None = None
+    """Checkpoint, or run folder (its newest), whose weights training starts from, at step 0."""
+    init_optimizer: bool = False
+    """With init_from_checkpoint: take its optimizer's state too."""
+    warm_start_from_adapter: str | None = None
+    """Adapter in PEFT's format that training starts from; lora_rank and lora_alpha must be its own."""
+    reference: Literal["initial", "base"] = "initial"
+    """What the policy is held to: what training starts from, or the base model in any case."""
     reference_pass: ReferenceMode = "upfront"
     """When the reference is asked: for all pairs before training, or `lazy`, for each batch as it comes up."""
     verify: bool = False
@@ -135,7 +151,14 @@ class Config(Settings):
         """Every setting that this run reads, as JSON; a `Config` of these is this one."""
         return self.model_dump(mode="json", exclude=None if self.lora_rank else {"lora_alpha"})
 
-    @field_validator("log_path", "dataset", "eval_dataset")
+    @property
+    def start(self) -> str | None:
+        """Folder of the weights that training starts from; None = the base model."""
+        if self.init_from_checkpoint is not None:
+            return str(newest_checkpoint(self.init_from_checkpoint))
+        return self.warm_start_from_adapter
+
+    @field_validator("log_path", "dataset", "eval_dataset", "init_from_checkpoint", "warm_start_from_adapter")
     @classmethod
     def _at_home(cls, path: str | None) -> str | None:
         return path and os.path.expanduser(path)  # a shell does this for flags, nobody for YAML
@@ -153,6 +176,12 @@ class Config(Settings):
             raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
         if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
             raise ValueError("lora_alpha is not read at lora_rank 0")
+        if self.init_from_checkpoint and self.warm_start_from_adapter:
+            raise ValueError("give init_from_checkpoint or warm_start_from_adapter, not both")
+        if self.warm_start_from_adapter and not self.lora_rank:
+            raise ValueError("warm_start_from_adapter needs a lora_rank: the adapter's own")
+        if self.init_optimizer and not self.init_from_checkpoint:
+            raise ValueError("init_optimizer is not read without init_from_checkpoint")
         if (self.keep_every or self.keep_best) and self.keep_last is None:
             raise ValueError("keep_every and keep_best say what stays beside keep_last; give that too")
         if self.keep_last and not self.dcp_save_interval:
@@ -304,31 +333,33 @@ def build_service(config: Config) -> ServiceClient:
 
 def train(run: Run, service: ServiceClient) -> RunSummary:
     """Reference pass, evaluation, the loop, export."""
-    config = run.config
+    config, going_on = run.config, run.start if isinstance(run.start, GoOn) else None
     client = service.create_training_client(
         config.base_model,
         config.lora_rank,
         lora_alpha=config.lora_alpha,
         seed=config.seed,
         # One that was chosen for the device is that of the whole run, wherever it goes on.
-        activation_token_budget=run.start.notes.activation_token_budget
-        if isinstance(run.start, GoOn)
-        else None,
+        activation_token_budget=going_on.notes.activation_token_budget if going_on else None,
+        start=None if going_on else config.start,
     )
     policy = ReconnectableClient.from_training_client(client)
+    reference_start = keep_reference(run, policy)
     answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
     with (
         stopping_on_signals() as stop,
-        closing(References(service, run.renderer, config.reference_pass)) as references,
+        closing(References(service, run.renderer, config.reference_pass, reference_start)) as references,
     ):
-        if isinstance(run.start, GoOn):
-            load_checkpoint(run, run.start, policy)
+        if going_on:
+            load_checkpoint(run, going_on, policy)
+        elif config.init_optimizer:
+            policy.load_state_with_optimizer(str(config.start))
         if config.verify:
             verify_first_batch(run, policy, references)
         record = record_reference(run, references)
         references.prepare((run.split.train, run.split.heldout), run.display, config.seed, stop.exit_if_asked)
-        if isinstance(run.start, GoOn):
-            position = run.start.notes.position
+        if going_on:
+            position = going_on.notes.position
         else:
             before = evaluate_heldout(run, policy, references, step=0)
             position = Position.of_a_start(before, answers.of(policy))
@@ -354,6 +385,24 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         )
         run.folder.write_summary(asdict(summary))
         return summary
+
+
+def keep_reference(run: Run, policy: ReconnectableClient) -> str | None:
+    """Where the reference's weights are, None for the base model; a starting adapter is copied into the run folder.
+
+    All weights are too large for that: they are read again where they were, and their hash is compared.
+    """
+    config = run.config
+    if config.reference == "base" or config.start is None:
+        return None
+    run.display.say(
+        f"reference: what training starts from, {config.start}; not the base model (reference: base)"
+    )
+    if not config.lora_rank:
+        return config.start
+    if not isinstance(run.start, GoOn):
+        policy.save_weights(str(run.folder.reference))
+    return str(run.folder.reference)
 
 
 def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from firesteel.sdk import APIFuture, CheckpointError, SaveStateResponse
-from firesteel.sealed import damage, read_json, remove_folder, replace_file
+from firesteel.sealed import MANIFEST, damage, read_json, remove_folder, replace_file
 from training.utils.client import ReconnectableClient
 from training.utils.run_folder import CHECKPOINTS, RunFolder
 
@@ -212,6 +212,17 @@ def _unlisted(path: Path, step: int) -> Listed:
     except CheckpointError:
         return Listed(step, 0, relative, {})  # whoever wants to go on from it is told what is wrong
     return Listed(step, position.epoch, relative, position.heldout)
+
+
+def newest_checkpoint(path: str) -> Path:
+    """The folder of a checkpoint that is named by itself or by its run. Raises `CheckpointError` if there is none."""
+    folder = Path(path)
+    if (folder / MANIFEST).exists():
+        return folder
+    found = found_in(folder)
+    if not found:
+        raise CheckpointError(f"init_from_checkpoint: {path} is neither a checkpoint nor a run that has one")
+    return folder / found[-1].path
 
 
 def cut_metrics(path: Path, length: int) -> bool:

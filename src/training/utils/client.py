@@ -82,9 +82,9 @@ class ReconnectableClient:
         """See `TrainingClient.optim_step`."""
         return self._client.optim_step(adam_params).result(self._timeout)
 
-    def save_weights(self, path: str) -> SaveWeightsResponse:
+    def save_weights(self, path: str, *, merged: bool = False) -> SaveWeightsResponse:
         """See `TrainingClient.save_weights`."""
-        return self._client.save_weights(path).result(self._timeout)
+        return self._client.save_weights(path, merged=merged).result(self._timeout)
 
     def save_state(self, path: str, notes: Mapping[str, Any] | None = None) -> SaveStateResponse:
         """See `TrainingClient.save_state`; returns when the state is on the disk."""

@@ -34,13 +34,16 @@ SAME_NUMERICS = 1e-5
 class References:
     """The reference's log-probabilities, most of them perhaps in the cache of earlier runs."""
 
-    def __init__(self, service: ServiceClient, renderer: Renderer, mode: ReferenceMode) -> None:
+    def __init__(
+        self, service: ServiceClient, renderer: Renderer, mode: ReferenceMode, start: str | None = None
+    ) -> None:
+        """`start` is the folder of the reference's weights, see `create_reference_client`; None = the base model."""
         self._mode = mode
         self._statistics = CacheStatistics(0, 0, 0, 0, 0)
         self.seconds = 0.0
         """For what was computed or looked up; the load of a separate reference is not in it."""
         self._service = service
-        self._client = ReconnectableClient.from_training_client(service.create_reference_client())
+        self._client = ReconnectableClient.from_training_client(service.create_reference_client(start=start))
         self.job_id = service.reference_trainer_job_id
         """None where the reference shares the policy's base."""
         path = home() / "reference_cache.sqlite"

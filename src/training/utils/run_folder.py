@@ -30,7 +30,10 @@ SUMMARY = "summary.json"
 RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY)
 """What a finished run leaves beside its record; a run that goes on makes them anew."""
 # What a run writes. Only these are moved out of the way; other files in the folder are the user's.
-RUN_FILES = ("config.json", "metrics.jsonl", "bad_rows.jsonl", "wandb", CHECKPOINTS, LISTING, *RESULTS)
+RUN_FILES = (
+    *("config.json", "metrics.jsonl", "bad_rows.jsonl", "wandb"),
+    *(CHECKPOINTS, LISTING, "reference", "exports", *RESULTS),
+)
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
 _LOCK = "run.lock"
@@ -76,6 +79,7 @@ class RunFolder:
         self.checkpoints = path / CHECKPOINTS
         self.listing = path / LISTING
         self.summary = path / SUMMARY
+        self.reference = path / "reference"
         self._lock = lock
         self._holder = Holder.this_process()
         replace_file(path / _LOCK, orjson.dumps(asdict(self._holder)))
