@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import firesteel
-from firesteel.cli import models, recipes
+from firesteel.cli import models, recipes, runs
 from firesteel.sdk.errors import FiresteelError, UserError
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app = typer.Typer(
 
 # The verbs, in the order of `firesteel --help`.
 recipes.register(app)
+app.command("export")(runs.export)
+app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 
 

@@ -37,6 +37,8 @@ RUN_FILES = (
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
 _LOCK = "run.lock"
+LOOK_SECONDS = 0.3
+"""For how long `firesteel runs list` may be looking whether somebody writes here."""
 TAKEOVER_SECONDS = 60.0
 """How long a takeover waits for the old writer to notice. It notices before its next write, or never writes again."""
 
@@ -171,42 +173,43 @@ class RunFolder:
 def _locked(path: Path, takeover: bool) -> int:
     """A lock on the folder itself, gone with the process that holds it."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if takeover:
-            _take_over(path, descriptor)
-            return descriptor
-        os.close(descriptor)
-        holder = Holder.of(path)
-        raise ConfigError(
-            f"log_path: another run ({holder or 'it has not said which'}) is writing to {path}; wait for it, name "
-            "another folder, or stop it with --takeover"
-        ) from None
-    return descriptor
+    if _lock_within(LOOK_SECONDS, descriptor):
+        return descriptor
+    if takeover:
+        # Fence the old writer: it checks the token before it writes. It may hang, and never let go of its lock.
+        replace_file(path / _LOCK, orjson.dumps(asdict(Holder.this_process())))
+        _lock_within(TAKEOVER_SECONDS, descriptor)
+        return descriptor
+    os.close(descriptor)
+    holder = Holder.of(path)
+    raise ConfigError(
+        f"log_path: another run ({holder or 'it has not said which'}) is writing to {path}; wait for it, name another "
+        "folder, or stop it with --takeover"
+    )
 
 
-def _take_over(path: Path, descriptor: int) -> None:
-    """Fence the old writer: it checks the token before it writes. Wait for its lock; it may hang and never let go."""
-    replace_file(path / _LOCK, orjson.dumps(asdict(Holder.this_process())))
-    give_up = time.monotonic() + TAKEOVER_SECONDS
-    while time.monotonic() < give_up:
+def _lock_within(seconds: float, descriptor: int) -> bool:
+    give_up = time.monotonic() + seconds
+    while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except BlockingIOError:
-            time.sleep(0.1)
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.05)
 
 
 def _refuse_foreign(path: Path) -> None:
     present = [name for name in RUN_FILES if (path / name).exists()]
-    if present and not _is_a_run(path / "config.json"):
+    if present and not is_a_run(path / "config.json"):
         raise ConfigError(
             f"log_path: {path} holds {', '.join(present)}, but is not the folder of a run; name another folder"
         )
 
 
-def _is_a_run(config: Path) -> bool:
+def is_a_run(config: Path) -> bool:
+    """Whether a `config.json` is that of a run."""
     try:
         content = orjson.loads(config.read_bytes())
     except (OSError, orjson.JSONDecodeError):

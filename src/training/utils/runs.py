@@ -1,0 +1,108 @@
+"""What there is of the runs in a folder: how far each has come, what it can go on from, how much room it takes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from firesteel.sdk import CheckpointError, ConfigError
+from training.utils.checkpoints import found_in
+from training.utils.run_folder import RUN_FILES, Holder, is_a_run
+
+DEPTH = 3
+"""How deep below a folder runs are looked for."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run. `bytes` are those of all its files, earlier runs in its folder included."""
+
+    path: str
+    state: Literal["running", "finished", "stopped"]
+    step: int
+    base_model: str
+    lora_rank: int
+    checkpoints: list[int]
+    bytes: int
+    last: dict[str, Any]
+    """The last line of its metrics."""
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """Every run folder, those of earlier runs inside a run (`previous-<n>`) left out."""
+    pattern = ["/".join(["*"] * depth + ["config.json"]) for depth in range(DEPTH + 1)]
+    found = {path.parent for part in pattern for path in folder.glob(part) if is_a_run(path)}
+    return iter(sorted(path for path in found if not path.name.startswith("previous-")))
+
+
+def row_of(run: Path) -> RunRow:
+    """Raises `CheckpointError` for a folder that is not one of a run."""
+    if not is_a_run(run / "config.json"):
+        raise CheckpointError(f"{run} is not the folder of a run: it has no config.json of one")
+    config = orjson.loads((run / "config.json").read_bytes())
+    last = _last_line(run / "metrics.jsonl")
+    return RunRow(
+        path=str(run),
+        state="running" if is_held(run) else "finished" if (run / "summary.json").exists() else "stopped",
+        step=int(last.get("train/step", 0)),
+        base_model=config["base_model"],
+        lora_rank=config.get("lora_rank", 0),
+        checkpoints=[entry.step for entry in found_in(run)],
+        bytes=sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+        last=last,
+    )
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process writes to it now."""
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def remove_run(run: Path) -> None:
+    """Delete a run's files and the earlier runs in its folder; what else is there is the user's and stays.
+
+    Raises `CheckpointError` for a folder that is none of a run, `ConfigError` for one that is written to.
+    """
+    row_of(run)
+    if is_held(run):
+        raise ConfigError(f"{run} is being written to by {Holder.of(run) or 'a process'}; stop that first")
+    earlier = [path for path in run.glob("previous-*") if path.name.removeprefix("previous-").isdigit()]
+    # config.json last: interrupted, what is left is still known as a run's.
+    names = [name for name in RUN_FILES if name != "config.json"]
+    for path in (*earlier, *(run / name for name in names), run / "config.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(run.iterdir()):
+        run.rmdir()
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """Of a run's own steps; empty before the first."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue  # of a process that is writing it
+        if isinstance(record, dict):
+            return record
+    return {}
