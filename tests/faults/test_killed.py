@@ -27,6 +27,7 @@ SETTINGS = {
     "dcp_save_interval": 2,
     "sample_prompts": ["Question 1?"],
     "sample_max_tokens": 4,
+    "trainer": {"activation_token_budget": 128},  # several passes a step, whose gradients add up
 }
 STEPS = 36
 

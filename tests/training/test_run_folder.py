@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from firesteel.sdk import ConfigError
+from training.utils import run_folder
 from training.utils.run_folder import RunFolder
 
 RUN = {"log_path": "x", "base_model": "tiny-llama", "dataset": "pairs.jsonl"}
@@ -63,9 +64,24 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert start(tmp_path) is None  # the refusal left no lock behind
 
 
+def test_a_takeover_fences_the_process_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "TAKEOVER_SECONDS", 0.1)  # the other one hangs
+    first = RunFolder.open(str(tmp_path))
+    first.refuse_if_taken_over()
+    second = RunFolder.open(str(tmp_path), takeover=True)
+    second.refuse_if_taken_over()
+    with pytest.raises(ConfigError, match=r"was taken over by process \d+ on .*writes nothing more"):
+        first.refuse_if_taken_over()
+    first.close()  # leaves the other's name there
+    second.refuse_if_taken_over()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path: Path) -> None:
     first = RunFolder.open(str(tmp_path))
     with pytest.raises(ConfigError, match=r"another run \(process \d+ on .*\) is writing to"):
         RunFolder.open(str(tmp_path))
+    first.write_config(RUN)
     first.close()
     assert start(tmp_path) == tmp_path / "previous-1"

@@ -94,6 +94,7 @@ class Host:
         self._catalog = load_catalog()
         self.models: dict[str, HostedModel] = {}
         self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
+        self._verified: set[Path] = set()
         self._numbers = itertools.count(1)
         # States are copied in their turn and written while training goes on, one after the other.
         self._writer = ThreadPoolExecutor(1, "firesteel-states")
@@ -172,6 +173,11 @@ class Host:
         """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
         shape = operation.shape
         entry, folder = self._fetch(operation.base_model)
+        if entry.kind != "folder" and folder not in self._verified:
+            store.verify(
+                folder, entry.name
+            )  # a flipped bit in the weights would train, and nobody would know
+            self._verified.add(folder)
         if owns_weights:
             return load_base(operation.base_model, entry, folder, shape)
         key = (str(folder), shape.device, shape.dtype)

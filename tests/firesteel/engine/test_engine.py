@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from conftest import make_datum, make_pairs
+from firesteel import store
+from firesteel.catalog import load_catalog
 from firesteel.engine import trainer as trainer_module
 from firesteel.engine.engine import Engine
 from firesteel.engine.ordering import KEPT_ANSWERS, KEPT_BYTES, ModelOrder
@@ -25,6 +27,7 @@ from firesteel.sdk import (
     ClosedError,
     Datum,
     LoraConfig,
+    ModelError,
     ModelInput,
     OperationError,
     OperationFailed,
@@ -584,3 +587,17 @@ def test_a_panic_fails_its_operation_and_the_engine_goes_on(engine, policy, data
         with pytest.raises(OperationFailed, match="Panic: rust panicked"):
             future.result(30)
     assert engine.submit(Forward(policy, 2, data)).result(30).metrics
+
+
+def test_a_stored_model_with_a_flipped_bit_is_refused_before_it_is_used(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path))
+    folder = store.fetch(load_catalog().resolve_model("tiny-llama"))
+    (weights,) = folder.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(content)
+    with pytest.raises(ModelError, match="does not have the content it was stored with"):
+        create(engine, "tiny-llama")
