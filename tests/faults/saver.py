@@ -1,9 +1,8 @@
-"""A process that only saves: a checkpoint of a run, listed and pruned, with torch and nothing else of weight.
+"""A process that only saves, or only makes a folder ready for a run that is started again.
 
-A server imports once and forks a child for each trial, so that a trial costs a fork. The child waits for a line on its
-standard input; by then strace holds it.
-
-    python saver.py FOLDER…    one trial for each line `FOLDER` read: answers the child's pid, then its exit status
+With torch and nothing else of weight. A server imports once and forks a child for each trial, so that a trial costs a
+fork. It reads `WHAT FOLDER` from its standard input, answers the child's pid, reads a line (strace is there now), lets
+the child go, and answers its exit status. WHAT is `save`, or a value of `resume`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 
 from firesteel.engine.states import Belonging, Environment, TrainerState, write_state
 from firesteel.sdk.errors import StorageError
-from training.utils.checkpoints import Checkpoints, Listed, Retention
+from training.utils.checkpoints import Checkpoints, Identity, Listed, Notes, Retention, found_in
+from training.utils.resume import GoOn, Wanted, find_start, rewind
 from training.utils.run_folder import RunFolder
 
 SAVED, REFUSED = 0, 3
@@ -39,6 +39,19 @@ def save(run: Path, step: int) -> None:
     folder.close()
 
 
+def restart(run: Path, resume: str) -> None:
+    """As a run does it before it loads anything, asked for twice the steps."""
+    folder = RunFolder.open(str(run))
+    last = Notes.read(run / found_in(run)[-1].path) if found_in(run) else None
+    identity = last.identity if last else Identity({}, {})
+    wanted = Wanted(identity, frozenset(), 2 * last.total_steps if last else 1)
+    start = find_start(folder, resume, wanted)
+    if isinstance(start, GoOn):
+        list(rewind(folder, start))
+    folder.write_config({"log_path": "x", "base_model": "y", "dataset": "z"})
+    folder.close()
+
+
 def serve() -> None:
     """Fork a child per line."""
     for line in sys.stdin:
@@ -47,8 +60,9 @@ def serve() -> None:
         if child == 0:
             os.close(go)
             os.read(waiting, 1)
+            what, _, path = line.strip().partition(" ")
             try:
-                save(Path(line.strip()), 3)
+                save(Path(path), 3) if what == "save" else restart(Path(path), what)
             except StorageError:
                 os._exit(REFUSED)
             os._exit(SAVED)

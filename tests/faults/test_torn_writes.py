@@ -17,11 +17,13 @@ from pathlib import Path
 import orjson
 import pytest
 from fault_record import TRIES, Record
+from runs import config
 from saver import REFUSED, SAVED, save
 
 from firesteel.engine.states import read_state
 from firesteel.sealed import damage
-from training.utils.checkpoints import found_in
+from training.recipes.dpo_loop import main
+from training.utils.checkpoints import Notes, found_in
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +52,11 @@ class Server:
             text=True,
         )
 
-    def strike(self, run: Path, calls: str, fault: str, when: int, log: Path) -> tuple[int, bool]:
+    def strike(
+        self, run: Path, calls: str, fault: str, when: int, log: Path, what: str = "save"
+    ) -> tuple[int, bool]:
         """The child's exit status, and whether it was struck."""
-        child = int(self._ask(str(run)))
+        child = int(self._ask(f"{what} {run}"))
         inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:{fault}:when={when}", "-o", str(log)]
         with subprocess.Popen(["strace", "-f", "-qq", *inject, "-p", str(child)]) as strace:
             while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{child}/status").read_text():
@@ -137,4 +141,52 @@ def test_at_random_writes(
         assert status in (SAVED, REFUSED, KILLED)
         check(run, status)
         if struck:
+            record.survived()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with a checkpoint after each, and its results."""
+    settings = config(tmp_path_factory.mktemp("finished"), epochs=2, dcp_save_interval=1)
+    main(settings)
+    return Path(settings.log_path)
+
+
+def there_or_aside(run: Path, name: str) -> list[Path]:
+    """Every place where something of this name is now."""
+    return [
+        path for path in (run / name, *(aside / name for aside in run.glob("previous-*"))) if path.exists()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resume", "left"), [("step-3", [1, 2, 3]), ("auto", [1, 2, 3, 4, 5, 6]), ("never", [])]
+)
+def test_a_start_that_is_killed_at_any_call_is_made_good_by_the_next_and_loses_nothing(
+    server: Server, finished: Path, tmp_path: Path, resume: str, left: list[int]
+) -> None:
+    record = Record(f"strace SIGKILL at every rename, sync and unlink of a start, resume {resume}")
+    for call in ("rename", "fsync", "unlink", "ftruncate"):
+        for when in itertools.count(1):
+            run = tmp_path / f"{call}-{when}"
+            shutil.copytree(finished, run)
+            status, struck = server.strike(run, call, "signal=SIGKILL", when, tmp_path / "log", resume)
+            if struck:
+                record.tried()
+                again, _ = server.strike(run, "ftruncate", "signal=SIGKILL", 99, tmp_path / "log", resume)
+                assert again == SAVED
+            assert [entry.step for entry in found_in(run)] == left
+            for step in range(1, 7):
+                (kept,) = there_or_aside(run, f"checkpoints/step-{step}")
+                assert damage(kept) is None
+            for name in ("adapter", "summary.json", "samples.jsonl"):
+                assert len(there_or_aside(run, name)) == 1
+            whole = (finished / "metrics.jsonl").read_bytes()
+            assert whole in [path.read_bytes() for path in there_or_aside(run, "metrics.jsonl")]
+            if left:
+                length = Notes.read(run / found_in(run)[-1].path).position.metrics_bytes
+                assert (run / "metrics.jsonl").read_bytes() == whole[:length]
+            if not struck:
+                assert status == SAVED
+                break
             record.survived()

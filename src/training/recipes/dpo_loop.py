@@ -227,7 +227,7 @@ class RunSummary:
     reference_seconds: float
     """For the reference's log-probabilities, from the cache or computed; of a lazy reference, within the training."""
     training_seconds: float
-    """From this process's first step to the last, evaluations between them included."""
+    """From this process's first step to the last, its evaluation and those between included."""
 
 
 def main(config: Config) -> RunSummary:
@@ -393,11 +393,10 @@ def keep_reference(run: Run, policy: ReconnectableClient) -> str | None:
     All weights are too large for that: they are read again where they were, and their hash is compared.
     """
     config = run.config
-    if config.reference == "base" or config.start is None:
+    given = config.init_from_checkpoint or config.warm_start_from_adapter
+    if config.reference == "base" or given is None:
         return None
-    run.display.say(
-        f"reference: what training starts from, {config.start}; not the base model (reference: base)"
-    )
+    run.display.say(f"reference: what training started from, {given}, not the base model (reference: base)")
     if not config.lora_rank:
         return config.start
     if not isinstance(run.start, GoOn):
@@ -414,7 +413,8 @@ def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
 
 def record_reference(run: Run, references: References) -> ReferenceRecord:
     """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
-    probes = range(min(RECORDED_PAIRS, len(run.split.train)))
+    saved = isinstance(run.start, GoOn) or run.config.dcp_save_interval > 0
+    probes = range(min(RECORDED_PAIRS, len(run.split.train)) if saved else 0)
     now = references.record(run.split.train.take(probes))
     if not isinstance(run.start, GoOn):
         return now
@@ -483,12 +483,9 @@ def save_and_stop(loop: Loop, checkpoints: Checkpoints) -> None:
         checkpoints.save(loop.policy, loop.notes())
     if stopping:
         checkpoints.finish()
-        saved = (
-            "saved; the same command goes on from there"
-            if interval
-            else ("nothing is saved, dcp_save_interval is 0")
-        )
-        run.display.say(f"stopped after step {step}: {saved}")
+        unsaved = "nothing is saved, dcp_save_interval is 0"
+        saved = "saved; the same command goes on from there"
+        run.display.say(f"stopped after step {step}: {saved if interval else unsaved}")
         loop.stop.exit_if_asked()
 
 

@@ -52,7 +52,8 @@ class References:
 
     def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
         """What the reference is, and what it says of these pairs now, computed together."""
-        said = [side for values in self.asked_now(pairs) for side in (values.chosen, values.rejected)]
+        values = self.asked_now(pairs) if pairs else []
+        said = [side for value in values for side in (value.chosen, value.rejected)]
         return ReferenceRecord(
             self._identity.weights, self._identity.numerics, [side.tolist() for side in said]
         )

@@ -99,15 +99,14 @@ def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
     step = start.notes.position.step
     entries = found_in(folder.path)
     later = [entry for entry in entries if entry.step > step]
-    names = [*(entry.path for entry in later), *RESULTS]
-    previous = folder.set_aside([name for name in names if (folder.path / name).exists()])
-    if previous is not None:
-        if later:  # what they were the checkpoints of goes with them
-            for name in ("metrics.jsonl", LISTING):
-                if (folder.path / name).exists():
-                    (previous / name).write_bytes((folder.path / name).read_bytes())
-        yield f"what came after step {step} moved to {previous}"
+    names = folder.there_are([*(entry.path for entry in later), *RESULTS])
+    # What they were the checkpoints of goes with them.
+    previous = folder.new_previous(("metrics.jsonl", LISTING) if later else ()) if names else None
+    # First the list: killed after this, those that are not moved yet are found without it.
     write_listing(folder, [entry for entry in entries if entry.step <= step])
+    if previous is not None:
+        folder.move(names, previous)
+        yield f"what came after step {step} moved to {previous}"
     folder.bad_rows.unlink(missing_ok=True)  # the same rows are about to be found again
     if not cut_metrics(folder.metrics, start.notes.position.metrics_bytes):
         yield f"{folder.metrics} is shorter than it was at step {step}: earlier lines are missing"

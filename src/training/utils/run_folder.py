@@ -23,16 +23,17 @@ from typing import Any
 import orjson
 
 from firesteel.sdk.errors import ConfigError, StorageError
-from firesteel.sealed import replace_file, sweep, sync
+from firesteel.sealed import replace_file, storage_errors, sweep, sync
 
 CHECKPOINTS, LISTING = "checkpoints", "checkpoints.jsonl"
 SUMMARY = "summary.json"
 RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY)
 """What a finished run leaves beside its record; a run that goes on makes them anew."""
 # What a run writes. Only these are moved out of the way; other files in the folder are the user's.
+# In the order in which they are moved: half moved, there are no checkpoints to go on from, and it is still a run.
 RUN_FILES = (
-    *("config.json", "metrics.jsonl", "bad_rows.jsonl", "wandb"),
-    *(CHECKPOINTS, LISTING, "reference", "exports", *RESULTS),
+    *(LISTING, CHECKPOINTS, *RESULTS),
+    *("metrics.jsonl", "bad_rows.jsonl", "wandb", "reference", "exports", "config.json"),
 )
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
@@ -133,21 +134,37 @@ class RunFolder:
         """Whether there is anything of one."""
         return any((self.path / name).exists() for name in RUN_FILES)
 
+    def there_are(self, names: Iterable[str]) -> list[str]:
+        """Those of these files and folders that exist."""
+        return [name for name in names if (self.path / name).exists()]
+
     def set_aside(self, names: Iterable[str] = RUN_FILES) -> Path | None:
         """Move what there is of these to a new `previous-<n>/`, and return that; None where there is nothing."""
-        present = [self.path / name for name in names if (self.path / name).exists()]
+        present = self.there_are(names)
         if not present:
             return None
+        previous = self.new_previous()
+        self.move(present, previous)
+        return previous
+
+    def new_previous(self, copied: Iterable[str] = ()) -> Path:
+        """A new `previous-<n>/` with copies of these files, as far as they exist."""
         taken = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
         number = max((int(n) for n in taken if n.isdigit()), default=0) + 1
         previous = self.path / f"previous-{number}"
-        previous.mkdir()
-        for file in present:
-            target = previous / file.relative_to(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.rename(target)
-        sync(self.path)
+        with storage_errors(previous, 0):
+            previous.mkdir()
+        for name in self.there_are(copied):
+            replace_file(previous / name, (self.path / name).read_bytes())
         return previous
+
+    def move(self, names: Iterable[str], previous: Path) -> None:
+        """Move files and folders to the same places below `previous`, in this order."""
+        with storage_errors(previous, 0):
+            for name in names:
+                (previous / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.path / name).rename(previous / name)
+            sync(self.path)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace `config.json`."""
