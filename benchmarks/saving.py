@@ -63,7 +63,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", default=".", help="where to write: the disk that is measured")
+    parser.add_argument(
+        "--folder", help="where to write: the disk that is measured; default: for temporary files"
+    )
     return parser.parse_args()
 
 

@@ -151,7 +151,7 @@ def _sha256(path: Path) -> str:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file aside and rename it over `path`: a reader sees the old content or the new, also after a crash.
 
-    Raises `StorageError`; the old content stays then.
+    Raises `StorageError`: the old content is there then, or the new if only the last sync was refused.
     """
     partial = path.with_name(f".partial-{path.name}-{secrets.token_hex(4)}")
     with storage_errors(path, len(content)):

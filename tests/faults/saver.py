@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from firesteel.engine.states import Belonging, Environment, TrainerState, write_state
-from firesteel.sdk.errors import StorageError
+from firesteel.sdk.errors import ConfigError, StorageError
 from training.utils.checkpoints import Checkpoints, Identity, Listed, Notes, Retention, found_in
 from training.utils.resume import GoOn, Wanted, find_start, rewind
 from training.utils.run_folder import RunFolder
@@ -35,7 +35,7 @@ def save(run: Path, step: int) -> None:
     folder = RunFolder.open(str(run))
     target = run / f"checkpoints/step-{step}"
     write_state(state(step), target, {"step": step})
-    Checkpoints(folder, Retention(last=2)).add(Listed(step, 1, f"checkpoints/step-{step}", {}))
+    Checkpoints(folder, Retention(last=2)).add(Listed(step, 1, {}))
     folder.close()
 
 
@@ -48,6 +48,8 @@ def restart(run: Path, resume: str) -> None:
     start = find_start(folder, resume, wanted)
     if isinstance(start, GoOn):
         list(rewind(folder, start))
+    else:
+        folder.set_aside()
     folder.write_config({"log_path": "x", "base_model": "y", "dataset": "z"})
     folder.close()
 
@@ -63,7 +65,7 @@ def serve() -> None:
             what, _, path = line.strip().partition(" ")
             try:
                 save(Path(path), 3) if what == "save" else restart(Path(path), what)
-            except StorageError:
+            except (StorageError, ConfigError):
                 os._exit(REFUSED)
             os._exit(SAVED)
         os.close(waiting)

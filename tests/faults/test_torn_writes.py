@@ -159,18 +159,22 @@ def there_or_aside(run: Path, name: str) -> list[Path]:
     ]
 
 
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
 @pytest.mark.parametrize(
     ("resume", "left"), [("step-3", [1, 2, 3]), ("auto", [1, 2, 3, 4, 5, 6]), ("never", [])]
 )
-def test_a_start_that_is_killed_at_any_call_is_made_good_by_the_next_and_loses_nothing(
-    server: Server, finished: Path, tmp_path: Path, resume: str, left: list[int]
+def test_a_start_that_is_struck_at_any_call_is_made_good_by_the_next_and_loses_nothing(
+    server: Server, finished: Path, tmp_path: Path, resume: str, left: list[int], fault: str
 ) -> None:
-    record = Record(f"strace SIGKILL at every rename, sync and unlink of a start, resume {resume}")
+    record = Record(
+        f"strace {fault} at every rename, sync, unlink and truncation of a start, resume {resume}"
+    )
     for call in ("rename", "fsync", "unlink", "ftruncate"):
         for when in itertools.count(1):
             run = tmp_path / f"{call}-{when}"
             shutil.copytree(finished, run)
-            status, struck = server.strike(run, call, "signal=SIGKILL", when, tmp_path / "log", resume)
+            status, struck = server.strike(run, call, fault, when, tmp_path / "log", resume)
+            assert status in (SAVED, REFUSED, KILLED)
             if struck:
                 record.tried()
                 again, _ = server.strike(run, "ftruncate", "signal=SIGKILL", 99, tmp_path / "log", resume)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import RANKS, config, numbers, outcome
+from runs import RANKS, config, numbers, outcome, write_rows
 
 from firesteel.sdk import CheckpointError, ConfigError, NonFiniteError
 from training.recipes import dpo_loop
@@ -37,8 +37,8 @@ def kill_after(step: int, monkeypatch: pytest.MonkeyPatch, settings: Config) -> 
     made = dpo_loop.train_step
     calls = []
 
-    def train_step(run: Any, policy: Any, batch: Any, *rest: Any) -> dict[str, float]:
-        metrics = made(run, policy, batch, *rest)
+    def train_step(run: Any, trainers: Any, batch: Any, pairs: Any) -> dict[str, float]:
+        metrics = made(run, trainers, batch, pairs)
         calls.append(batch.step)
         if batch.step == step:
             raise Killed
@@ -74,7 +74,7 @@ def test_a_finished_run_says_so_and_computes_nothing(
     settings = config(tmp_path, **EVERYTHING_ON)
     first = main(settings)
     before = outcome(settings)
-    monkeypatch.setattr(dpo_loop, "train", lambda run, service: pytest.fail("it trains"))
+    monkeypatch.setattr(dpo_loop, "load", lambda run, service: pytest.fail("it loads a model"))
     capsys.readouterr()
     assert main(settings) == first
     assert "finished, 6 steps; more epochs continue it" in capsys.readouterr().out
@@ -207,7 +207,7 @@ def flip(path: Path) -> None:
     "damage", [flip, Path.unlink, lambda path: path.write_bytes(b"")], ids=["bit", "gone", "empty"]
 )
 @pytest.mark.parametrize(
-    "name", ["weights.safetensors", "optimizer.safetensors", "notes.json", "manifest.json"]
+    "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "notes.json", "manifest.json"]
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     tmp_path: Path, damage: Callable[[Path], object], name: str
@@ -275,11 +275,9 @@ def test_checkpoints_beyond_those_asked_for_are_pruned(tmp_path: Path) -> None:
 
 
 def test_the_best_by_a_held_out_metric_stays() -> None:
-    entries = [
-        Listed(n, 1, f"step-{n}", {"dpo_loss": loss}) for n, loss in ((1, 0.6), (2, 0.4), (3, 0.5), (4, 0.7))
-    ]
+    entries = [Listed(n, 1, {"dpo_loss": loss}) for n, loss in ((1, 0.6), (2, 0.4), (3, 0.5), (4, 0.7))]
     assert [e.step for e in Retention(last=1, best="dpo_loss").pruned(entries)] == [1, 3]
-    higher = [Listed(n, 1, f"step-{n}", {"margin": m}) for n, m in ((1, 0.6), (2, 0.9), (3, 0.5))]
+    higher = [Listed(n, 1, {"margin": m}) for n, m in ((1, 0.6), (2, 0.9), (3, 0.5))]
     assert [e.step for e in Retention(last=1, best="margin").pruned(higher)] == [1]
     assert Retention().pruned(entries) == []
 
@@ -325,3 +323,104 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_where_that_is_asked_f
 def test_a_policy_that_does_not_move_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(config(tmp_path, learning_rate=1e-30))
     assert "warning: step 3: after 3 steps all margins are still 0" in capsys.readouterr().out
+
+
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    main(config(tmp_path, dcp_save_interval=1))
+    before = snapshot(tmp_path / "run")
+    wrong = {"dcp_save_interval": 1, "warm_start_from_adapter": str(tmp_path / "none"), "resume": "never"}
+    with pytest.raises(CheckpointError, match="is not a saved state"):
+        main(config(tmp_path, **wrong))
+    with pytest.raises(CheckpointError, match=r"then, 0\.2 now"):
+        main(config(tmp_path, dcp_save_interval=1, beta=0.2))
+    assert snapshot(tmp_path / "run") == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_other_questions_are_asked_after_training_and_known_not_to_have_been_before(tmp_path: Path) -> None:
+    short = {"dcp_save_interval": 1, "sample_max_tokens": 3}
+    main(config(tmp_path, sample_prompts=["Question 1?"], **short))
+    main(config(tmp_path, sample_prompts=["Question 2?", "Question 1?"], epochs=2, **short))
+    answers = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["Question 2?", "Question 1?"]
+    assert answers[0]["before"] is None
+    assert isinstance(answers[1]["before"], str)
+
+
+def test_held_out_numbers_that_are_not_finite_stop_no_checkpoint(tmp_path: Path) -> None:
+    broken = {"learning_rate": 1e30, "eval_fraction": 0.3, "eval_interval": 1, "dcp_save_interval": 1}
+    assert main(config(tmp_path, on_nonfinite="skip", **broken)).steps == 2
+    assert [entry.step for entry in listed_in(tmp_path / "run")] == [1, 2]
+
+
+def test_metrics_of_other_held_out_pairs_are_not_carried_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (write_rows(tmp_path / f"held-{n}.jsonl", 3, start=50 * n) for n in (1, 2))
+    main(config(tmp_path, dcp_save_interval=1, eval_dataset=one))
+    assert (
+        main(config(tmp_path, dcp_save_interval=1, eval_dataset=two)).before != {}
+    )  # that of the finished run
+    assert "not read, the run is finished: eval_dataset" in capsys.readouterr().out
+    summary = main(config(tmp_path, dcp_save_interval=1, eval_dataset=two, epochs=2))
+    assert summary.before == {}
+    assert summary.after["margin"] > 0
+    assert "other held-out pairs than before" in capsys.readouterr().out
+    assert [bool(entry.heldout) for entry in listed_in(tmp_path / "run")] == [False] * 5 + [True]
+
+
+def test_a_finished_run_whose_last_steps_have_no_checkpoint_is_finished(tmp_path: Path) -> None:
+    main(config(tmp_path, dcp_save_interval=2))
+    longer = config(tmp_path, dcp_save_interval=0, epochs=2)
+    summary = main(longer)
+    weights = outcome(longer)["weights"]
+    assert main(longer) == summary
+    assert outcome(longer)["weights"] == weights
+
+
+def test_a_list_that_was_changed_by_hand_moves_nothing(tmp_path: Path) -> None:
+    main(config(tmp_path, dcp_save_interval=1))
+    listing = tmp_path / "run/checkpoints.jsonl"
+    listing.write_text(listing.read_text().replace('"step":3', '"step":7'))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(
+        CheckpointError, match=r"step-7 is damaged: .* is missing; go on .* --resume-from step-3"
+    ):
+        main(config(tmp_path, dcp_save_interval=1, epochs=2))
+    listing.write_text("no list\n")
+    with pytest.raises(CheckpointError, match="move it away, they are found without it"):
+        main(config(tmp_path, dcp_save_interval=1, epochs=2))
+    listing.unlink()
+    assert main(config(tmp_path, dcp_save_interval=1, epochs=2)).steps == 6
+    assert len(before) > 10
+
+
+def test_a_run_that_was_taken_over_in_its_last_evaluation_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = dpo_loop.evaluate
+
+    def evaluate_and_lose(*arguments: Any) -> dict[str, float]:
+        if (tmp_path / "run/metrics.jsonl").stat().st_size > 2000:  # not the one before training
+            (tmp_path / "run/run.lock").write_text('{"pid": 1, "host": "elsewhere", "token": "x"}')
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(dpo_loop, "evaluate", evaluate_and_lose)
+    with pytest.raises(ConfigError, match="was taken over by process 1 on elsewhere"):
+        main(config(tmp_path, eval_fraction=0.3))
+    assert not (tmp_path / "run/adapter").exists()
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_the_longest_row_that_a_trainer_takes_is_part_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from firesteel.sdk import ServiceClient
+
+    main(config(tmp_path, dcp_save_interval=1, truncate="response_end"))
+    monkeypatch.setattr(ServiceClient, "longest_sequence", lambda service: 60)
+    with pytest.raises(CheckpointError, match=r"longest row: \d+ then, 60 now"):
+        main(config(tmp_path, dcp_save_interval=1, truncate="response_end", epochs=2))

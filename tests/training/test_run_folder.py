@@ -56,7 +56,7 @@ def test_the_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=r"holds config\.json, model, but is not the folder of a run"):
+    with pytest.raises(ConfigError, match=r"holds model, config\.json, but is not the folder of a run"):
         RunFolder.open(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model"]
     (tmp_path / "config.json").unlink()

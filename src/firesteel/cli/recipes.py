@@ -46,8 +46,8 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
             if given is not None:
                 value = given if isinstance(given, bool) else _value(given)
                 _assign(values, paths[name].split("."), value)
-        if fresh and resume_from is not None:
-            raise ConfigError("--fresh and --resume-from say opposite things; give one of them")
+        if sum((fresh, resume_from is not None, flags.get("resume") is not None)) > 1:
+            raise ConfigError("--fresh, --resume-from and --resume are one setting; give one of them")
         if fresh or resume_from is not None:
             values["resume"] = "never" if fresh else resume_from
         main(config(**values))

@@ -53,6 +53,7 @@ def show(run: Annotated[Path, typer.Argument(help="Folder of the run.")], as_jso
 def rm(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Delete a run, checkpoints and earlier runs in its folder included; other files in it stay."""
     from training.utils.runs import remove_run, row_of
@@ -63,7 +64,7 @@ def rm(
             f"delete {row.path}, {row.bytes / 1e6:,.1f} MB, {len(row.checkpoints)} checkpoints?", abort=True
         )
     remove_run(run)
-    typer.echo(f"deleted {run}")
+    typer.echo(json.dumps({"deleted": row.path}) if as_json else f"deleted {run}")
 
 
 def export(

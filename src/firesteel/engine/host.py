@@ -276,7 +276,7 @@ class Host:
                 trainer.write_weights(partial, operation.merged)
                 if operation.merged or not trainer.adapted:
                     store.copy_tokenizer(trainer.base.folder, partial)
-                for path in partial.iterdir():
+                for path in (*partial.iterdir(), partial):
                     sync(path)
                 partial.rename(target)
                 sync(target.parent)

@@ -118,11 +118,11 @@ def read_state(folder: Path, with_optimizer: bool) -> TrainerState:
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
     try:
         described = dict(read_json(folder / STATE))
-        environment = Environment(**described.pop("environment"))
         if (found := described.pop("format")) != _FORMAT:
             raise CheckpointError(
                 f"checkpoint {folder} has format {found}; this program reads format {_FORMAT}"
             )
+        environment = Environment(**described.pop("environment"))
         belonging = Belonging(**described)
         weights = load_file(folder / WEIGHTS)
         optimizer = load_file(folder / OPTIMIZER) if with_optimizer else None
@@ -158,8 +158,9 @@ def read_start(folder: Path, lora: LoraConfig | None) -> tuple[Belonging | None,
 def _refuse_other_adapter(folder: Path, settings: Mapping[str, Any], lora: LoraConfig) -> None:
     plain = {"r": lora.rank, "lora_alpha": lora.alpha, "peft_type": "LORA", "bias": "none"}
     plain |= {"use_dora": False, "use_rslora": False, "modules_to_save": None}
+    plain |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name, wanted in plain.items():
-        if settings.get(name, wanted) != wanted:
+        if (settings.get(name, wanted) or wanted) != wanted:
             raise CheckpointError(
                 f"adapter {folder} has {name} {settings[name]!r}, this model's has {wanted!r}; give the model the "
                 "adapter's own lora_rank and lora_alpha"

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from firesteel.sdk import AdamParams, NonFiniteError, ServiceClient
+from firesteel.sdk import AdamParams, CheckpointError, NonFiniteError, ServiceClient
 from training.utils.checkpoints import (
     Checkpoints,
     Identity,
@@ -31,6 +31,7 @@ from training.utils.checkpoints import (
     Position,
     ReferenceRecord,
     Retention,
+    finite,
     newest_checkpoint,
 )
 from training.utils.client import ReconnectableClient
@@ -44,7 +45,7 @@ from training.utils.progress import Display, Stage
 from training.utils.reference_pass import RECORDED_PAIRS, ReferenceMode, References
 from training.utils.rendering import Renderer
 from training.utils.resume import Finished, GoOn, Start, Wanted, find_start, refuse_another_reference, rewind
-from training.utils.row_index import index_rows
+from training.utils.row_index import RowIndex, index_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs, Schedule
 from training.utils.service import build_service_client
@@ -148,8 +149,12 @@ class Config(Settings):
         return AdamParams(learning_rate, *betas_and_eps, self.weight_decay, self.grad_clip_norm)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting that this run reads, as JSON; a `Config` of these is this one."""
-        return self.model_dump(mode="json", exclude=None if self.lora_rank else {"lora_alpha"})
+        """Every setting of this run, as JSON: a `Config` of these makes or continues it.
+
+        How it was started is left out: to start it anew once more is for whoever asks.
+        """
+        unread = set() if self.lora_rank else {"lora_alpha"}
+        return self.model_dump(mode="json", exclude=unread | {"resume", "takeover"})
 
     @property
     def start(self) -> str | None:
@@ -248,27 +253,51 @@ def main(config: Config) -> RunSummary:
         ]
         split = split_pairs([rows.pairs for rows in selections], config)
         folder = stack.enter_context(closing(RunFolder.open(config.log_path, config.takeover)))
-        names = ("dataset content", "eval_dataset content")
-        data = {name: index.sha256 for name, index in zip(names, indexes, strict=False)}
-        identity = Identity(
-            config.resolved(),
-            {**data, "tokenizer and template": renderer.identity, "pairs": len(split.train)},
-        )
+        identity = Identity(config.resolved(), data_identity(indexes, renderer, rules, split))
         wanted = Wanted(identity, MAY_CHANGE_WHEN_GOING_ON, epochs_of(config, split).total_steps)
         start = find_start(folder, config.resume, wanted)
         if isinstance(start, Finished):
-            display.say(f"{config.log_path}: finished, {wanted.total_steps} steps; more epochs continue it")
-            return RunSummary(**start.summary)
-        for line in begin(folder, start, config):
-            display.say(line)
-        metrics = MetricsLog(folder.metrics, config.wandb, config.resolved())
-        stack.enter_context(closing(metrics))
+            return summary_of_finished(start, display, config)
         for rows in selections:
-            write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
         if split.overlap:
             display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
-        return train(Run(config, split, renderer, folder, metrics, display, identity, start), service)
+        run = Run(config, split, renderer, folder, display, identity, start)
+        stop = stack.enter_context(stopping_on_signals())
+        trainers = stack.enter_context(closing(load(run, service)))
+        # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
+        for line in begin(folder, start, config):
+            display.say(line)
+        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
+        for rows in selections:
+            write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
+        return train(Loop(run, trainers, stop, metrics, Position.of_a_start({}, {})), service)
+
+
+def data_identity(
+    indexes: Sequence[RowIndex], renderer: Renderer, rules: Rendering, split: Split
+) -> dict[str, Any]:
+    """What the tokens of this run follow from."""
+    names = ("dataset content", "eval_dataset content")
+    content = {name: index.sha256 for name, index in zip(names, indexes, strict=False)}
+    longest = rules.max_seq_len  # where the setting leaves it to the trainer, another one may cut other rows
+    return {
+        **content,
+        "tokenizer and template": renderer.identity,
+        "longest row": longest,
+        "pairs": len(split.train),
+    }
+
+
+def summary_of_finished(start: Finished, display: Display, config: Config) -> RunSummary:
+    """What a run came to that has nothing left to do."""
+    for line in start.said:
+        display.say(f"not read, the run is finished: {line}")
+    display.say(f"{config.log_path}: finished, {start.summary['steps']} steps; more epochs continue it")
+    try:
+        return RunSummary(**start.summary)
+    except TypeError as error:
+        raise CheckpointError(f"{config.log_path}/summary.json is not one of this program: {error}") from None
 
 
 def begin(folder: RunFolder, start: Start | GoOn, config: Config) -> Iterator[str]:
@@ -277,8 +306,8 @@ def begin(folder: RunFolder, start: Start | GoOn, config: Config) -> Iterator[st
         yield f"going on from {start.checkpoint}"
         yield from start.said
         yield from rewind(folder, start)
-    elif start.previous:
-        yield f"{config.log_path} held an earlier run: moved to {start.previous}"
+    elif previous := folder.set_aside():
+        yield f"{config.log_path} held an earlier run: moved to {previous}"
     folder.write_config(config.resolved())
 
 
@@ -303,7 +332,6 @@ class Run:
     split: Split
     renderer: Renderer
     folder: RunFolder
-    metrics: MetricsLog
     display: Display
     identity: Identity
     start: Start | GoOn
@@ -331,9 +359,23 @@ def build_service(config: Config) -> ServiceClient:
     )
 
 
-def train(run: Run, service: ServiceClient) -> RunSummary:
-    """Reference pass, evaluation, the loop, export."""
+@dataclass(frozen=True)
+class Trainers:
+    """The policy where this run takes it up, and the reference that the run has."""
+
+    policy: ReconnectableClient
+    references: References
+    record: ReferenceRecord
+
+    def close(self) -> None:
+        """Close the reference's cache; the models are the service's."""
+        self.references.close()
+
+
+def load(run: Run, service: ServiceClient) -> Trainers:
+    """Load policy and reference, and compare them with what the run had if it goes on. Raises `CheckpointError`."""
     config, going_on = run.config, run.start if isinstance(run.start, GoOn) else None
+    start = None if going_on else config.start
     client = service.create_training_client(
         config.base_model,
         config.lora_rank,
@@ -341,67 +383,22 @@ def train(run: Run, service: ServiceClient) -> RunSummary:
         seed=config.seed,
         # One that was chosen for the device is that of the whole run, wherever it goes on.
         activation_token_budget=going_on.notes.activation_token_budget if going_on else None,
-        start=None if going_on else config.start,
+        start=start,
     )
     policy = ReconnectableClient.from_training_client(client)
-    reference_start = keep_reference(run, policy)
-    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
-    with (
-        stopping_on_signals() as stop,
-        closing(References(service, run.renderer, config.reference_pass, reference_start)) as references,
-    ):
-        if going_on:
-            load_checkpoint(run, going_on, policy)
-        elif config.init_optimizer:
-            policy.load_state_with_optimizer(str(config.start))
+    if going_on:
+        load_checkpoint(run, going_on, policy)
+    elif config.init_optimizer:
+        policy.load_state_with_optimizer(str(start))
+    weights = reference_weights(run, start)
+    with ExitStack() as on_failure:
+        references = References(service, run.renderer, config.reference_pass, weights)
+        on_failure.callback(references.close)
         if config.verify:
             verify_first_batch(run, policy, references)
-        record = record_reference(run, references)
-        references.prepare((run.split.train, run.split.heldout), run.display, config.seed, stop.exit_if_asked)
-        if going_on:
-            position = going_on.notes.position
-        else:
-            before = evaluate_heldout(run, policy, references, step=0)
-            position = Position.of_a_start(before, answers.of(policy))
-        loop = Loop(run, policy, references, record, stop, position)
-        training_seconds = train_epochs(loop)
-        position = loop.position
-        export = policy.save_weights(str(run.folder.export_path(adapter=config.lora_rank > 0))).path
-        run.display.say(f"exported: {export}")
-        after = position.heldout or evaluate_heldout(run, policy, references, position.step)
-        references.finish(run.display)
-        for line in answers.write_comparison(run.folder.samples, position.answers_before, answers.of(policy)):
-            run.display.say(line)
-        job_ids = service.trainer_job_id, references.job_id
-        summary = RunSummary(
-            position.step,
-            dict(position.before),
-            dict(after),
-            export,
-            *job_ids,
-            position.skipped_steps,
-            references.seconds,
-            training_seconds,
-        )
-        run.folder.write_summary(asdict(summary))
-        return summary
-
-
-def keep_reference(run: Run, policy: ReconnectableClient) -> str | None:
-    """Where the reference's weights are, None for the base model; a starting adapter is copied into the run folder.
-
-    All weights are too large for that: they are read again where they were, and their hash is compared.
-    """
-    config = run.config
-    given = config.init_from_checkpoint or config.warm_start_from_adapter
-    if config.reference == "base" or given is None:
-        return None
-    run.display.say(f"reference: what training started from, {given}, not the base model (reference: base)")
-    if not config.lora_rank:
-        return config.start
-    if not isinstance(run.start, GoOn):
-        policy.save_weights(str(run.folder.reference))
-    return str(run.folder.reference)
+        trainers = Trainers(policy, references, record_reference(run, references))
+        on_failure.pop_all()
+    return trainers
 
 
 def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
@@ -409,6 +406,21 @@ def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
     loaded = policy.load_state_with_optimizer(str(start.checkpoint))
     if loaded.differences:
         run.display.say(f"not bit-equal to a run without a break: {'; '.join(loaded.differences)}")
+
+
+def reference_weights(run: Run, start: str | None) -> str | None:
+    """The folder of the reference's weights, None for the base model. `start` is where the policy starts now.
+
+    A starting adapter is copied into the run folder. All weights are too large for that: they are read again where they
+    were, and their hash is compared.
+    """
+    given = run.config.init_from_checkpoint or run.config.warm_start_from_adapter
+    if run.config.reference == "base" or given is None:
+        return None
+    run.display.say(f"reference: what training started from, {given}, not the base model (reference: base)")
+    if not isinstance(run.start, GoOn):
+        return start
+    return str(run.folder.reference) if run.config.lora_rank else run.start.notes.reference.path
 
 
 def record_reference(run: Run, references: References) -> ReferenceRecord:
@@ -430,17 +442,64 @@ class Loop:
     """The steps of a run, and how far they have come."""
 
     run: Run
-    policy: ReconnectableClient
-    references: References
-    record: ReferenceRecord
+    trainers: Trainers
     stop: StopRequest
+    metrics: MetricsLog
     position: Position
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log numbers of a step, if the folder is still this run's."""
+        self.run.folder.refuse_if_taken_over()
+        self.metrics.log(step, metrics)
 
     def notes(self) -> Notes:
         """All that a checkpoint of now keeps beside the trainer's state."""
-        now = replace(self.position, seq_id=self.policy.next_seq_id, metrics_bytes=self.run.metrics.synced())
-        budget = self.policy.description.activation_token_budget
-        return Notes(now, self.run.identity, self.record, self.run.epochs.total_steps, budget)
+        policy = self.trainers.policy
+        now = replace(self.position, seq_id=policy.next_seq_id, metrics_bytes=self.metrics.synced())
+        budget = policy.description.activation_token_budget
+        return Notes(now, self.run.identity, self.trainers.record, self.run.epochs.total_steps, budget)
+
+
+def train(loop: Loop, service: ServiceClient) -> RunSummary:
+    """Reference pass, evaluation, the steps, export."""
+    run, config, policy = loop.run, loop.run.config, loop.trainers.policy
+    references, folder = loop.trainers.references, loop.run.folder
+    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
+    if not isinstance(run.start, GoOn) and config.lora_rank and references.start is not None:
+        policy.save_weights(str(folder.reference))  # still as it started; see reference_weights
+    references.prepare(
+        (run.split.train, run.split.heldout), run.display, config.seed, loop.stop.exit_if_asked
+    )
+    if isinstance(run.start, GoOn):
+        loop.position = run.start.position
+    else:
+        loop.position = Position.of_a_start(evaluate_heldout(loop, step=0), answers.of(policy))
+    loop.stop.exit_if_asked()
+    training_seconds = train_epochs(loop)
+    position = loop.position
+    folder.refuse_if_taken_over()
+    export = policy.save_weights(str(folder.export_path(adapter=config.lora_rank > 0))).path
+    run.display.say(f"exported: {export}")
+    after = position.heldout or evaluate_heldout(loop, position.step)
+    references.finish(run.display)
+    answered = answers.of(policy)
+    folder.refuse_if_taken_over()
+    for line in answers.write_comparison(folder.samples, position.answers_before, answered):
+        run.display.say(line)
+    summary = RunSummary(
+        steps=position.step,
+        before=dict(position.before),
+        after=dict(after),
+        export_path=export,
+        policy_job_id=service.trainer_job_id,
+        reference_job_id=references.job_id,
+        skipped_steps=position.skipped_steps,
+        reference_seconds=references.seconds,
+        training_seconds=training_seconds,
+    )
+    folder.write_summary(asdict(summary))
+    loop.stop.exit_if_asked()
+    return summary
 
 
 def train_epochs(loop: Loop) -> float:
@@ -454,9 +513,8 @@ def train_epochs(loop: Loop) -> float:
     with closing(checkpoints), closing(ahead) as taken, run.display.bar(stage) as bar:
         for batch, rows in zip(epochs.batches(done), taken, strict=True):
             checkpoints.list_if_written()
-            metrics = train_or_skip(loop, batch, rows.pairs)
-            run.folder.refuse_if_taken_over()
-            run.metrics.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
+            metrics = train_or_skip(loop, batch, rows.pairs, checkpoints)
+            loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics)
             bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
             loop.position = after_step(loop, batch)
@@ -470,7 +528,7 @@ def after_step(loop: Loop, batch: Batch) -> Position:
     run, before = loop.run, loop.position
     last, interval = batch.step == run.epochs.total_steps, run.config.eval_interval
     due = last or (interval and batch.step % interval == 0)
-    heldout = evaluate_heldout(run, loop.policy, loop.references, batch.step) if due else {}
+    heldout = finite(evaluate_heldout(loop, batch.step)) if due else {}
     rows = len(batch.rows) + (before.rows if batch.epoch == before.epoch else 0)
     return replace(before, step=batch.step, epoch=batch.epoch, rows=rows, heldout=heldout)
 
@@ -480,27 +538,34 @@ def save_and_stop(loop: Loop, checkpoints: Checkpoints) -> None:
     run, step, interval = loop.run, loop.position.step, loop.run.config.dcp_save_interval
     stopping = loop.stop.asked
     if interval and (step % interval == 0 or step == run.epochs.total_steps or stopping):
-        checkpoints.save(loop.policy, loop.notes())
-    if stopping:
+        checkpoints.save(loop.trainers.policy, loop.notes())
+    if stopping and (interval or step < run.epochs.total_steps):
         checkpoints.finish()
         unsaved = "nothing is saved, dcp_save_interval is 0"
-        saved = "saved; the same command goes on from there"
+        saved = "saved; started again (resume: auto) it goes on from there"
         run.display.say(f"stopped after step {step}: {saved if interval else unsaved}")
         loop.stop.exit_if_asked()
 
 
-def train_or_skip(loop: Loop, batch: Batch, pairs: Sequence[PreferencePair]) -> dict[str, float]:
-    """The step, or what is logged of one that had no finite gradient. Raises `NonFiniteError` naming its rows."""
-    run = loop.run
+def train_or_skip(
+    loop: Loop, batch: Batch, pairs: Sequence[PreferencePair], checkpoints: Checkpoints
+) -> dict[str, float]:
+    """The step, or what is logged of one that had no finite gradient.
+
+    Raises `NonFiniteError` naming its rows, after a checkpoint of the step before it.
+    """
+    run, config, done = loop.run, loop.run.config, loop.position.step
     try:
-        metrics = train_step(run, loop.policy, batch, pairs, loop.references)
+        metrics = train_step(run, loop.trainers, batch, pairs)
     except NonFiniteError as error:
         rows = ", ".join(str(pair.line) for pair in pairs)
-        told = f"step {batch.step}, {run.config.dataset}, lines {rows}: {error}"
-        if run.config.on_nonfinite == "stop":
+        told = f"step {batch.step}, {config.dataset}, lines {rows}: {error}"
+        if config.on_nonfinite == "stop":
+            if config.dcp_save_interval and done % config.dcp_save_interval:
+                checkpoints.save(loop.trainers.policy, loop.notes())
             raise NonFiniteError(
-                f"{told}. The weights are those after step {batch.step - 1}; look at these rows, lower learning_rate, "
-                "or set on_nonfinite: skip"
+                f"{told}. The weights are those after step {done}; look at these rows, lower learning_rate, or set "
+                "on_nonfinite: skip"
             ) from error
         skipped = loop.position.skipped_steps + 1
         loop.position = replace(loop.position, skipped_steps=skipped)
@@ -512,15 +577,11 @@ def train_or_skip(loop: Loop, batch: Batch, pairs: Sequence[PreferencePair]) -> 
 
 
 def train_step(
-    run: Run,
-    policy: ReconnectableClient,
-    batch: Batch,
-    pairs: Sequence[PreferencePair],
-    references: References,
+    run: Run, trainers: Trainers, batch: Batch, pairs: Sequence[PreferencePair]
 ) -> dict[str, float]:
     """One forward, one backward, one AdamW step; the metrics of the batch before it."""
-    config, started = run.config, time.monotonic()
-    loss = make_dpo_loss(pairs, references.of(pairs), run.objective)
+    config, policy, started = run.config, trainers.policy, time.monotonic()
+    loss = make_dpo_loss(pairs, trainers.references.of(pairs), run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
     data = [datum for pair in pairs for datum in pair.datums]
     result = policy.forward_backward_custom(data, loss, weighted_only=True)
@@ -550,13 +611,12 @@ def verify_first_batch(run: Run, policy: ReconnectableClient, references: Refere
     verification.refuse_disagreement()
 
 
-def evaluate_heldout(
-    run: Run, policy: ReconnectableClient, references: References, step: int
-) -> dict[str, float]:
+def evaluate_heldout(loop: Loop, step: int) -> dict[str, float]:
     """Metrics on the held-out pairs, logged and shown; empty without any."""
+    run = loop.run
     if not run.split.heldout:
         return {}
-    metrics = evaluate(policy, run.split.heldout, references, run.objective)
-    run.metrics.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+    metrics = evaluate(loop.trainers.policy, run.split.heldout, loop.trainers.references, run.objective)
+    loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(heldout_line(step, metrics))
     return metrics

@@ -7,6 +7,7 @@ checkpoints.jsonl        a line for each that is whole on the disk, in the order
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +17,12 @@ from typing import Any
 import orjson
 
 from firesteel.sdk import APIFuture, CheckpointError, SaveStateResponse
-from firesteel.sealed import MANIFEST, damage, read_json, remove_folder, replace_file
+from firesteel.sealed import MANIFEST, damage, read_json, remove_folder, replace_file, storage_errors
 from training.utils.client import ReconnectableClient
-from training.utils.run_folder import CHECKPOINTS, RunFolder
+from training.utils.run_folder import CHECKPOINTS, LISTING, RunFolder
 
 NOTES = "notes.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,16 @@ class Position:
     """Length of metrics.jsonl."""
     skipped_steps: int
     before: Mapping[str, float]
-    """Held-out metrics before the first step."""
+    """Held-out metrics before the first step, those that are finite."""
     heldout: Mapping[str, float]
     """Those of this step, where it was evaluated."""
-    answers_before: Sequence[str]
+    answers_before: Mapping[str, str]
+    """What the model answered before the first step, by prompt."""
 
     @classmethod
-    def of_a_start(cls, before: Mapping[str, float], answers: Sequence[str]) -> Position:
+    def of_a_start(cls, before: Mapping[str, float], answers: Mapping[str, str]) -> Position:
         """Before the first step."""
-        return cls(0, 0, 0, 1, 0, 0, before, {}, answers)
+        return cls(0, 0, 0, 1, 0, 0, finite(before), {}, answers)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class ReferenceRecord:
 
     weights: str
     numerics: str
+    path: str | None
+    """Where its weights were read, where that is neither the base model nor the run folder."""
     probes: Sequence[Sequence[float]]
     """Log-probabilities of the scored tokens of the probe rows, chosen and rejected in turn."""
 
@@ -76,6 +81,7 @@ class Notes:
     reference: ReferenceRecord
     total_steps: int
     activation_token_budget: int
+    format: int = FORMAT
 
     @classmethod
     def read(cls, checkpoint: Path) -> Notes:
@@ -84,6 +90,10 @@ class Notes:
             raise CheckpointError(f"checkpoint {checkpoint} is damaged: {problem}")
         try:
             content = read_json(checkpoint / NOTES)
+            if content["format"] != FORMAT:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} has notes of format {content['format']}, this program reads {FORMAT}"
+                )
             parts = {f.name: content[f.name] for f in fields(cls)}
             return cls(
                 Position(**parts.pop("position")),
@@ -92,6 +102,8 @@ class Notes:
                 **parts,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"checkpoint {checkpoint} is not one of a run: {error!r}") from error
 
 
@@ -125,9 +137,12 @@ class Listed:
 
     step: int
     epoch: int
-    path: str
-    """Relative to the run folder."""
     heldout: Mapping[str, float]
+
+    @property
+    def path(self) -> str:
+        """Relative to the run folder."""
+        return f"{CHECKPOINTS}/step-{self.step}"
 
 
 class Checkpoints:
@@ -137,15 +152,20 @@ class Checkpoints:
         self._folder = folder
         self._retention = retention
         self._writing: tuple[Listed, APIFuture[SaveStateResponse]] | None = None
+        self.newest: int | None = None
+        """The step of the last one that was begun here."""
 
     def save(self, policy: ReconnectableClient, notes: Notes) -> None:
         """Begin a checkpoint of now. Waits for the one before it to be on the disk, and raises its error."""
         self.finish()
         self._folder.refuse_if_taken_over()
         position = notes.position
-        path = f"{CHECKPOINTS}/step-{position.step}"
-        future = policy.submit_save_state(str(self._folder.path / path), asdict(notes))
-        self._writing = Listed(position.step, position.epoch, path, dict(position.heldout)), future
+        entry = Listed(position.step, position.epoch, position.heldout)
+        # A fenced process may have had one in flight; this run has not made this step before.
+        self._folder.set_aside([entry.path])
+        future = policy.submit_save_state(str(self._folder.path / entry.path), asdict(notes))
+        self._writing = entry, future
+        self.newest = entry.step
 
     def list_if_written(self) -> None:
         """List the one that is being written, if it is whole by now."""
@@ -177,14 +197,16 @@ class Checkpoints:
 
 def listed_in(run: Path) -> list[Listed]:
     """The lines of `checkpoints.jsonl`, oldest first. Raises `CheckpointError` for a file that is not such a list."""
-    path = run / "checkpoints.jsonl"
+    path = run / LISTING
     try:
         lines = path.read_bytes().splitlines()
         return [Listed(**json.loads(line)) for line in lines if line.strip()]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a list of checkpoints: {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a list of checkpoints ({error}); move it away, they are found without it"
+        ) from error
 
 
 def write_listing(folder: RunFolder, entries: Iterable[Listed]) -> None:
@@ -206,12 +228,16 @@ def found_in(run: Path) -> list[Listed]:
 
 
 def _unlisted(path: Path, step: int) -> Listed:
-    relative = f"{CHECKPOINTS}/{path.name}"
     try:
         position = Notes.read(path).position
     except CheckpointError:
-        return Listed(step, 0, relative, {})  # whoever wants to go on from it is told what is wrong
-    return Listed(step, position.epoch, relative, position.heldout)
+        return Listed(step, 0, {})  # whoever wants to go on from it is told what is wrong
+    return Listed(step, position.epoch, position.heldout)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that JSON can hold."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def newest_checkpoint(path: str) -> Path:
@@ -226,12 +252,12 @@ def newest_checkpoint(path: str) -> Path:
 
 
 def cut_metrics(path: Path, length: int) -> bool:
-    """Cut `metrics.jsonl` back to what it was; False where it is shorter than that."""
-    if not path.exists():
-        path.touch()
-    with path.open("r+b") as file:
-        whole = file.seek(0, os.SEEK_END) >= length
-        if whole:
-            file.truncate(length)
+    """Cut `metrics.jsonl` back to what it was; where that is no longer there, to its last whole line, and False."""
+    with storage_errors(path, 0):
+        content = path.read_bytes() if path.exists() else b""
+        as_it_was = len(content) >= length and (not length or content[length - 1 : length] == b"\n")
+        kept = length if as_it_was else content[:length].rfind(b"\n") + 1
+        with path.open("ab") as file:
+            file.truncate(kept)
             os.fsync(file.fileno())
-    return whole
+    return as_it_was

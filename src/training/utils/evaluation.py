@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +85,26 @@ class Answers:
     prompts: Sequence[str]
     max_tokens: int
 
-    def of(self, policy: ReconnectableClient) -> list[str]:
+    def of(self, policy: ReconnectableClient) -> dict[str, str]:
         """One answer per prompt."""
-        answers = []
+        answers = {}
         for prompt in self.prompts:
             stop = (self.renderer.end_of_turn,)
             params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop=stop)
             answer = policy.sample(self.renderer.question(prompt), 1, params).sequences[0]
-            answers.append(self.renderer.answer_text(answer.tokens))
+            answers[prompt] = self.renderer.answer_text(answer.tokens)
         return answers
 
-    def write_comparison(self, path: Path, before: Sequence[str], after: Sequence[str]) -> list[str]:
-        """Write one JSON object per prompt, and return the same for people to read."""
+    def write_comparison(self, path: Path, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+        """Write one JSON object per prompt, and return the same for people to read.
+
+        A prompt that was not asked before training has null there.
+        """
         lines, rows = [], b""
-        for prompt, old, new in zip(self.prompts, before, after, strict=True):
+        for prompt in self.prompts:
+            old, new = before.get(prompt), after[prompt]
             rows += orjson.dumps({"prompt": prompt, "before": old, "after": new}) + b"\n"
-            lines.append(f"\nQ: {prompt}\n  before: {old}\n  after:  {new}")
+            known = "(was not asked)" if old is None else old
+            lines.append(f"\nQ: {prompt}\n  before: {known}\n  after:  {new}")
         replace_file(path, rows)
         return lines

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import orjson
 
 from firesteel.sdk import CheckpointError, ConfigError, LoraConfig
+from firesteel.sealed import read_json
 from training.utils.checkpoints import found_in
 from training.utils.config import TrainerConfig
 from training.utils.service import build_service_client
@@ -41,8 +42,9 @@ def export(run: Path, form: Form | None = None, step: int | None = None, target:
 def _weights(run: Path, step: int | None, rank: int) -> tuple[str, Path]:
     """What to call the weights, and where they are: a checkpoint, or the adapter of a run that has none."""
     found = found_in(run)
-    if step is None and found:
-        return f"step-{found[-1].step}", run / found[-1].path
+    newest = found[-1].step if found else -1
+    if step is None and found and newest >= _finished_steps(run):
+        return f"step-{newest}", run / found[-1].path
     for entry in found:
         if entry.step == step:
             return f"step-{step}", run / entry.path
@@ -54,6 +56,14 @@ def _weights(run: Path, step: int | None, rank: int) -> tuple[str, Path]:
     if (run / "model").is_dir():
         raise CheckpointError(f"{run / 'model'} is a whole model already; copy it where you want it")
     raise CheckpointError(f"{run} has no checkpoints and no exported weights")
+
+
+def _finished_steps(run: Path) -> int:
+    """The last step of a run that ended; its weights may be newer than its checkpoints."""
+    try:
+        return int(read_json(run / "summary.json")["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _config_of(run: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class References:
     ) -> None:
         """`start` is the folder of the reference's weights, see `create_reference_client`; None = the base model."""
         self._mode = mode
+        self.start = start
         self._statistics = CacheStatistics(0, 0, 0, 0, 0)
         self.seconds = 0.0
         """For what was computed or looked up; the load of a separate reference is not in it."""
@@ -54,9 +55,8 @@ class References:
         """What the reference is, and what it says of these pairs now, computed together."""
         values = self.asked_now(pairs) if pairs else []
         said = [side for value in values for side in (value.chosen, value.rejected)]
-        return ReferenceRecord(
-            self._identity.weights, self._identity.numerics, [side.tolist() for side in said]
-        )
+        probes = [side.tolist() for side in said]
+        return ReferenceRecord(self._identity.weights, self._identity.numerics, self.start, probes)
 
     def tolerance(self, before: ReferenceRecord) -> float:
         """Nats by which one token's log-probability may differ from what was recorded: rounding, where it can."""

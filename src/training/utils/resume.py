@@ -7,17 +7,18 @@ where neither is right it refuses and names the flag for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firesteel.sdk import CheckpointError
-from firesteel.sealed import damage
+from firesteel.sealed import damage, storage_errors
 from training.utils.checkpoints import (
     NOTES,
     Identity,
     Listed,
     Notes,
+    Position,
     ReferenceRecord,
     cut_metrics,
     found_in,
@@ -25,6 +26,7 @@ from training.utils.checkpoints import (
 )
 from training.utils.run_folder import LISTING, RESULTS, RunFolder
 
+HELDOUT = "eval_dataset content"
 FRESH = "start anew with --fresh (resume: never): what is there moves to previous-<n>/, nothing is deleted"
 
 
@@ -40,10 +42,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Start:
-    """A run from its beginning."""
-
-    previous: Path | None
-    """Where an earlier run went."""
+    """A run from its beginning; what is in the folder has to be set aside."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,14 @@ class GoOn:
     notes: Notes
     said: tuple[str, ...]
     """What is different from the run that it goes on with, for people."""
+    same_heldout: bool
+    """Whether held-out metrics of before can be compared with those to come."""
+
+    @property
+    def position(self) -> Position:
+        """Where the loop goes on, with what still holds."""
+        then = self.notes.position
+        return then if self.same_heldout else replace(then, before={}, heldout={})
 
 
 @dataclass(frozen=True)
@@ -61,34 +68,35 @@ class Finished:
     """A run that has nothing left to do."""
 
     summary: Mapping[str, Any]
-    checkpoint: Path
+    said: tuple[str, ...]
+    """What was asked for differently now, for people; it changes nothing."""
 
 
 def find_start(folder: RunFolder, resume: str, wanted: Wanted) -> Start | GoOn | Finished:
-    """`resume` is `auto`, `never` or `step-<n>`. Moves nothing but for a new start.
+    """`resume` is `auto`, `never` or `step-<n>`. Changes nothing: that is for when all is known to be right.
 
     Raises `CheckpointError` where the run cannot go on as asked.
     """
     if resume == "never":
-        return Start(folder.set_aside())
+        return Start()
     found = found_in(folder.path)
     if not found:
         if resume != "auto":
             raise CheckpointError(f"resume: {resume}: {folder.path} has no checkpoints; {FRESH}")
-        return Start(folder.set_aside())
+        return Start()
     chosen = found[-1] if resume == "auto" else _named(resume, found, folder.path)
     notes = _whole(chosen, found, folder.path)
     _refuse_another_run(notes, wanted, folder.path)
-    if resume == "auto" and _is_finished(folder, notes, wanted):
-        summary = folder.read_summary()
-        assert summary is not None
-        return Finished(summary, folder.path / chosen.path)
+    summary = folder.read_summary()
+    if resume == "auto" and summary is not None and summary.get("steps") == wanted.total_steps:
+        return Finished(summary, tuple(_changes(notes, wanted)))
     if notes.position.step > wanted.total_steps:
         raise CheckpointError(
             f"epochs: {folder.path / chosen.path} is {notes.position.step} steps in, and this run would have "
             f"{wanted.total_steps}; ask for more epochs, for an earlier checkpoint (--resume-from), or {FRESH}"
         )
-    return GoOn(folder.path / chosen.path, notes, tuple(_changes(notes, wanted)))
+    same = notes.identity.data.get(HELDOUT) == wanted.identity.data.get(HELDOUT)
+    return GoOn(folder.path / chosen.path, notes, tuple(_changes(notes, wanted)), same)
 
 
 def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
@@ -103,13 +111,18 @@ def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
     # What they were the checkpoints of goes with them.
     previous = folder.new_previous(("metrics.jsonl", LISTING) if later else ()) if names else None
     # First the list: killed after this, those that are not moved yet are found without it.
-    write_listing(folder, [entry for entry in entries if entry.step <= step])
+    kept = [entry for entry in entries if entry.step <= step]
+    if not start.same_heldout:
+        yield "other held-out pairs than before: what the metrics on them were is not carried on"
+        kept = [replace(entry, heldout={}) for entry in kept]
+    write_listing(folder, kept)
     if previous is not None:
         folder.move(names, previous)
         yield f"what came after step {step} moved to {previous}"
-    folder.bad_rows.unlink(missing_ok=True)  # the same rows are about to be found again
+    with storage_errors(folder.bad_rows, 0):
+        folder.bad_rows.unlink(missing_ok=True)  # the same rows are about to be found again
     if not cut_metrics(folder.metrics, start.notes.position.metrics_bytes):
-        yield f"{folder.metrics} is shorter than it was at step {step}: earlier lines are missing"
+        yield f"{folder.metrics} is not what it was at step {step}: lines are missing or were changed"
 
 
 def refuse_another_reference(
@@ -148,7 +161,10 @@ def _named(resume: str, found: list[Listed], run: Path) -> Listed:
 
 def _whole(chosen: Listed, found: list[Listed], run: Path) -> Notes:
     try:
-        return Notes.read(run / chosen.path)
+        notes = Notes.read(run / chosen.path)
+        if notes.position.step != chosen.step:
+            raise CheckpointError(f"checkpoint {run / chosen.path} is of step {notes.position.step}")
+        return notes
     except CheckpointError as error:
         earlier = [entry for entry in found if entry.step < chosen.step]
         whole = next((e for e in reversed(earlier) if damage(run / e.path, names=(NOTES,)) is None), None)
@@ -200,8 +216,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _is_finished(folder: RunFolder, notes: Notes, wanted: Wanted) -> bool:
-    summary = folder.read_summary()
-    return summary is not None and summary.get("steps") == notes.position.step == wanted.total_steps

@@ -41,7 +41,7 @@ _LOCK = "run.lock"
 LOOK_SECONDS = 0.3
 """For how long `firesteel runs list` may be looking whether somebody writes here."""
 TAKEOVER_SECONDS = 60.0
-"""How long a takeover waits for the old writer to notice. It notices before its next write, or never writes again."""
+"""How long a takeover waits for the old writer to notice, which is before its next write."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,35 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
 
+class Lock:
+    """A lock on a folder itself, gone with the process that holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        self._held = False
+
+    def take(self, seconds: float = 0.0) -> bool:
+        """Whether it is held now, after waiting for at most so long."""
+        give_up = time.monotonic() + seconds
+        while not self._held:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._held = True
+            except BlockingIOError:
+                if time.monotonic() >= give_up:
+                    return False
+                time.sleep(0.05)
+        return True
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._descriptor)
+
+
 class RunFolder:
     """`<log_path>` of a recipe, written to by one run at a time."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
@@ -99,15 +124,16 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with ExitStack() as on_failure:
                 lock = _locked(path, takeover)
-                on_failure.callback(os.close, lock)
+                on_failure.callback(lock.close)
                 _refuse_foreign(path)
                 folder = cls(path, lock)
-                for parent in (path, path / CHECKPOINTS):
+                for parent in (path, path / CHECKPOINTS, path / "exports"):
                     sweep(parent)
+                sync(path.absolute().parent)
                 on_failure.pop_all()
-        except StorageError:
-            raise
         except OSError as error:
+            if isinstance(error, StorageError):
+                raise
             raise ConfigError(
                 f"log_path: {log_path}: {error}; name a folder that can be written to"
             ) from error
@@ -118,10 +144,14 @@ class RunFolder:
         if Holder.of(self.path) == self._holder:
             with suppress(OSError):  # the lock is the folder's own; the file only says whose it is
                 (self.path / _LOCK).unlink()
-        os.close(self._lock)
+        self._lock.close()
 
     def refuse_if_taken_over(self) -> None:
-        """Raise `ConfigError` if another process has taken the folder: what this one knows is no longer the run."""
+        """Raise `ConfigError` if another process has taken the folder: what this one knows is no longer the run.
+
+        To be called before anything is written. After a takeover the lock may come free only later: it is taken then.
+        """
+        self._lock.take()
         holder = Holder.of(self.path)
         if holder != self._holder:
             by = f"by {holder}" if holder else f"({_LOCK} is gone)"
@@ -154,24 +184,29 @@ class RunFolder:
         previous = self.path / f"previous-{number}"
         with storage_errors(previous, 0):
             previous.mkdir()
-        for name in self.there_are(copied):
-            replace_file(previous / name, (self.path / name).read_bytes())
+            for name in self.there_are(copied):
+                replace_file(previous / name, (self.path / name).read_bytes())
         return previous
 
     def move(self, names: Iterable[str], previous: Path) -> None:
         """Move files and folders to the same places below `previous`, in this order."""
+        touched = {self.path, previous}
         with storage_errors(previous, 0):
             for name in names:
                 (previous / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.path / name).rename(previous / name)
-            sync(self.path)
+                touched |= {(self.path / name).parent, (previous / name).parent}
+            for folder in touched:
+                sync(folder)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace `config.json`."""
+        self.refuse_if_taken_over()
         replace_file(self.config, orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: from now on the run is finished."""
+        self.refuse_if_taken_over()
         replace_file(self.summary, orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
 
     def read_summary(self) -> dict[str, Any] | None:
@@ -187,34 +222,21 @@ class RunFolder:
         return self.path / ("adapter" if adapter else "model")
 
 
-def _locked(path: Path, takeover: bool) -> int:
-    """A lock on the folder itself, gone with the process that holds it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    if _lock_within(LOOK_SECONDS, descriptor):
-        return descriptor
+def _locked(path: Path, takeover: bool) -> Lock:
+    lock = Lock(path)
+    if lock.take(LOOK_SECONDS):
+        return lock
     if takeover:
         # Fence the old writer: it checks the token before it writes. It may hang, and never let go of its lock.
         replace_file(path / _LOCK, orjson.dumps(asdict(Holder.this_process())))
-        _lock_within(TAKEOVER_SECONDS, descriptor)
-        return descriptor
-    os.close(descriptor)
+        lock.take(TAKEOVER_SECONDS)
+        return lock
+    lock.close()
     holder = Holder.of(path)
     raise ConfigError(
         f"log_path: another run ({holder or 'it has not said which'}) is writing to {path}; wait for it, name another "
         "folder, or stop it with --takeover"
     )
-
-
-def _lock_within(seconds: float, descriptor: int) -> bool:
-    give_up = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                return False
-            time.sleep(0.05)
 
 
 def _refuse_foreign(path: Path) -> None:

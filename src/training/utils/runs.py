@@ -6,16 +6,19 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
-from firesteel.sdk import CheckpointError, ConfigError
+from firesteel.sdk import CheckpointError
+from firesteel.sealed import storage_errors
 from training.utils.checkpoints import found_in
-from training.utils.run_folder import RUN_FILES, Holder, is_a_run
+from training.utils.run_folder import RUN_FILES, RunFolder, is_a_run
 
+State = Literal["running", "finished", "stopped", "damaged"]
 DEPTH = 3
 """How deep below a folder runs are looked for."""
 
@@ -25,7 +28,7 @@ class RunRow:
     """One run. `bytes` are those of all its files, earlier runs in its folder included."""
 
     path: str
-    state: Literal["running", "finished", "stopped"]
+    state: State
     step: int
     base_model: str
     lora_rank: int
@@ -48,14 +51,19 @@ def row_of(run: Path) -> RunRow:
         raise CheckpointError(f"{run} is not the folder of a run: it has no config.json of one")
     config = orjson.loads((run / "config.json").read_bytes())
     last = _last_line(run / "metrics.jsonl")
+    state: State = "finished" if (run / "summary.json").exists() else "stopped"
+    try:
+        checkpoints = [entry.step for entry in found_in(run)]
+    except CheckpointError:
+        state, checkpoints = "damaged", []
     return RunRow(
         path=str(run),
-        state="running" if is_held(run) else "finished" if (run / "summary.json").exists() else "stopped",
+        state="running" if is_held(run) else state,
         step=int(last.get("train/step", 0)),
         base_model=config["base_model"],
         lora_rank=config.get("lora_rank", 0),
-        checkpoints=[entry.step for entry in found_in(run)],
-        bytes=sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+        checkpoints=checkpoints,
+        bytes=_bytes_below(run),
         last=last,
     )
 
@@ -75,21 +83,28 @@ def is_held(run: Path) -> bool:
 def remove_run(run: Path) -> None:
     """Delete a run's files and the earlier runs in its folder; what else is there is the user's and stays.
 
-    Raises `CheckpointError` for a folder that is none of a run, `ConfigError` for one that is written to.
+    Raises `CheckpointError` for a folder that is none of a run, `ConfigError` for one that a process writes to.
     """
     row_of(run)
-    if is_held(run):
-        raise ConfigError(f"{run} is being written to by {Holder.of(run) or 'a process'}; stop that first")
+    folder = RunFolder.open(str(run))  # refused to whom writes there, and nobody can begin meanwhile
     earlier = [path for path in run.glob("previous-*") if path.name.removeprefix("previous-").isdigit()]
-    # config.json last: interrupted, what is left is still known as a run's.
-    names = [name for name in RUN_FILES if name != "config.json"]
-    for path in (*earlier, *(run / name for name in names), run / "config.json"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    # RUN_FILES ends with config.json: interrupted, what is left is still known as a run's.
+    with storage_errors(run, 0), closing(folder):
+        for path in (*earlier, *(run / name for name in RUN_FILES)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     if not any(run.iterdir()):
         run.rmdir()
+
+
+def _bytes_below(run: Path) -> int:
+    total = 0
+    for path in run.rglob("*"):
+        with suppress(FileNotFoundError):  # of a run that prunes
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _last_line(path: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_run_is_deleted_with_what_is_its_own(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["runs", "rm", str(tmp_path / "run")], input="n\n").exit_code == 1
     held = RunFolder.open(str(tmp_path / "run"))
     assert json.loads(firesteel("runs", "list", tmp_path, "--json"))[0]["state"] == "running"
-    with pytest.raises(ConfigError, match=r"is being written to by process \d+"):
+    with pytest.raises(ConfigError, match=r"another run \(process \d+ on .*\) is writing to"):
         firesteel("runs", "rm", tmp_path / "run", "--yes")
     held.close()
     firesteel("runs", "rm", tmp_path / "run", "--yes")
