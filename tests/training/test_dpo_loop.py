@@ -445,10 +445,9 @@ def test_a_fast_path_that_differs_ends_the_run_before_anything_is_trained(
     assert all(line.endswith("ok") for line in said)
     monkeypatch.setattr(attention, "_by_segments", lambda *given: right(*given) * 1.0002)
     with pytest.raises(VerificationFailed):
-        main(config(tmp_path, verify=True))
+        main(config(tmp_path, verify=True, log_path=str(tmp_path / "other")))
     assert "DIFFERS" in capsys.readouterr().out
-    assert not (tmp_path / "run/metrics.jsonl").read_bytes()
-    assert not (tmp_path / "run/adapter").exists()
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])

@@ -48,8 +48,14 @@ def started_from(earlier: Config, folder: Path, start: str, **settings: Any) -> 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("reference", ["initial", "base"])
 def test_the_margin_before_the_first_step_is_0_exactly_where_the_reference_is_the_start(
-    earlier: Config, tmp_path: Path, start: str, reference: str
+    earlier: Config,
+    tmp_path: Path,
+    start: str,
+    reference: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))  # nothing is cached yet
     if start == "adapter" and not earlier.lora_rank:
         with pytest.raises(ConfigError, match="needs a lora_rank"):
             started_from(earlier, tmp_path, start)
@@ -59,9 +65,11 @@ def test_the_margin_before_the_first_step_is_0_exactly_where_the_reference_is_th
     moved = start != "base" and reference == "base"
     assert (abs(before["margin"]) > 1) if moved else (abs(before["margin"]) < 1e-3)
     of_base = started_from(earlier, tmp_path / "base", "base")
+    capsys.readouterr()
     main(of_base)
+    cached = "10 from the cache, 0 computed" in capsys.readouterr().out
     same = identity(settings) == identity(of_base)
-    assert same == (start == "base" or reference == "base")
+    assert same == cached == (start == "base" or reference == "base")
 
 
 def identity(settings: Config) -> str:
