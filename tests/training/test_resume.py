@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import RANKS, config, numbers, outcome, write_rows
 
+from firesteel import store
+from firesteel.catalog import load_catalog
 from firesteel.sdk import CheckpointError, ConfigError, NonFiniteError
 from training.recipes import dpo_loop
 from training.recipes.dpo_loop import MAY_CHANGE_WHEN_GOING_ON, Config, main
+from training.utils import rendering
 from training.utils.checkpoints import Listed, Retention, listed_in
 
 EVERYTHING_ON = {
@@ -248,9 +254,6 @@ def test_another_base_under_the_same_name_is_refused_with_both_identities(
 
     model = tmp_path / "model"
     settings = config(tmp_path, dcp_save_interval=1, base_model="tiny-llama", lora_rank=0, learning_rate=1e-4)
-    from firesteel import store
-    from firesteel.catalog import load_catalog
-
     shutil.copytree(store.fetch(load_catalog().resolve_model("tiny-llama")), model)
     settings = Config(**settings.resolved() | {"base_model": str(model)})
     main(settings)
@@ -424,3 +427,38 @@ def test_the_longest_row_that_a_trainer_takes_is_part_of_the_data(
     monkeypatch.setattr(ServiceClient, "longest_sequence", lambda service: 60)
     with pytest.raises(CheckpointError, match=r"longest row: \d+ then, 60 now"):
         main(config(tmp_path, dcp_save_interval=1, truncate="response_end", epochs=2))
+
+
+def test_clocks_that_jump_and_days_that_pass_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template prints the date; it goes on printing that of the first start."""
+    model = tmp_path / "model"
+    shutil.copytree(store.fetch(load_catalog().resolve_model("tiny-llama")), model)
+    (template,) = model.glob("chat_template.jinja")
+    template.chmod(0o644)
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + template.read_text())
+    settings = {"base_model": str(model), "dcp_save_interval": 2, "epochs": 3}
+    whole, broken = (config(tmp_path / name, **settings) for name in ("whole", "broken"))
+    started_on(date(2026, 2, 28), monkeypatch)
+    main(whole)
+    clock = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: clock.uniform(0, 4e9))
+    kill_after(5, monkeypatch, broken)
+    started_on(date(2025, 1, 1), monkeypatch)
+    main(broken)
+    assert outcome(broken) == outcome(whole)
+    started_on(date(2026, 3, 1), monkeypatch)
+    main(config(tmp_path / "other", **settings))
+    assert numbers(tmp_path / "other/run") != numbers(tmp_path / "whole/run")  # the date does matter
+
+
+def started_on(day: date, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The date that a run sees when it starts."""
+
+    class Day(date):
+        @classmethod
+        def today(cls) -> date:
+            return day
+
+    monkeypatch.setattr(rendering, "date", Day)

@@ -44,7 +44,16 @@ from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
 from training.utils.reference_pass import RECORDED_PAIRS, ReferenceMode, References
 from training.utils.rendering import Renderer
-from training.utils.resume import Finished, GoOn, Start, Wanted, find_start, refuse_another_reference, rewind
+from training.utils.resume import (
+    Finished,
+    GoOn,
+    Start,
+    Wanted,
+    find_start,
+    first_day,
+    refuse_another_reference,
+    rewind,
+)
 from training.utils.row_index import RowIndex, index_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs, Schedule
@@ -238,7 +247,8 @@ class RunSummary:
 def main(config: Config) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
     display = Display()
-    renderer = Renderer.load(config.tokenizer_model or config.base_model)
+    day = first_day(config.log_path, config.resume)
+    renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
     files = [path for path in (config.dataset, config.eval_dataset) if path]
     indexes = [index_rows(path, renderer, config.on_bad_row, display.reading(path)) for path in files]
     for prompt in config.sample_prompts:
@@ -285,6 +295,7 @@ def data_identity(
         **content,
         "tokenizer and template": renderer.identity,
         "longest row": longest,
+        "day": renderer.today.isoformat(),
         "pairs": len(split.train),
     }
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from firesteel.sdk import CheckpointError
-from firesteel.sealed import damage, storage_errors
+from firesteel.sealed import damage, read_json, storage_errors
 from training.utils.checkpoints import (
     NOTES,
     Identity,
@@ -24,9 +25,9 @@ from training.utils.checkpoints import (
     found_in,
     write_listing,
 )
-from training.utils.run_folder import LISTING, RESULTS, RunFolder
+from training.utils.run_folder import CHECKPOINTS, LISTING, RESULTS, RunFolder
 
-HELDOUT = "eval_dataset content"
+HELDOUT, DAY = "eval_dataset content", "day"
 FRESH = "start anew with --fresh (resume: never): what is there moves to previous-<n>/, nothing is deleted"
 
 
@@ -97,6 +98,21 @@ def find_start(folder: RunFolder, resume: str, wanted: Wanted) -> Start | GoOn |
         )
     same = notes.identity.data.get(HELDOUT) == wanted.identity.data.get(HELDOUT)
     return GoOn(folder.path / chosen.path, notes, tuple(_changes(notes, wanted)), same)
+
+
+def first_day(log_path: str, resume: str) -> date | None:
+    """The day on which the run that will go on began: chat templates that print the date go on printing that one.
+
+    None where there is none to go on with; what is wrong with a checkpoint is for `find_start` to say.
+    """
+    if resume == "never":
+        return None
+    for path in Path(log_path).glob(f"{CHECKPOINTS}/step-*/{NOTES}"):
+        try:
+            return date.fromisoformat(read_json(path)["identity"]["data"][DAY])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:

@@ -11,6 +11,7 @@ reads and renders rows. Limits (`max_seq_len`) are not in it: lengths are whole,
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import inspect
@@ -21,7 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,8 +154,8 @@ def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Pr
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        _sweep(folder.parent)
-        with closing(_checked(path, renderer, progress)) as checked:
+        with _held(partial), closing(_checked(path, renderer, progress)) as checked:
+            _sweep(folder.parent)
             header = _write(partial, checked, sha256)
         if hash_of_file(path)[0] != sha256:
             raise DataError(f"{path}: the file was changed while it was read; start again")
@@ -224,8 +225,25 @@ def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHe
     return header
 
 
+@contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Shown to be in use, whatever its age and the clock say; gone with the process."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _sweep(parent: Path) -> None:
-    """What a killed run has left half made."""
+    """What killed runs have left half made: old, and in nobody's hands."""
     for leftover in parent.glob(".partial-*"):
-        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):  # held by its maker, or already gone
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                descriptor = os.open(leftover, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(leftover, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
