@@ -55,7 +55,7 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all moments and counts as `<name>.<moment>`; a parameter that never had a gradient has none."""
         return {
-            f"{name}.{moment}": value.detach().cpu().clone()
+            f"{name}.{moment}": value.detach().to("cpu", copy=True)
             for name, parameter in self._named.items()
             for moment, value in self._adamw.state.get(parameter, {}).items()
         }

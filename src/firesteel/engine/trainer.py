@@ -232,7 +232,7 @@ class Trainer:
         """Copies of trained weights and optimizer as they are now. Refused while a gradient waits for its step."""
         optimizer = self._need_trainable("save_state")
         self._refuse_added_gradient("save_state")
-        weights = {name: p.detach().cpu().clone() for name, p in self._trained_parameters().items()}
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in self._trained_parameters().items()}
         return TrainerState(self._belonging(), Environment.of_this_process(), weights, optimizer.state())
 
     def load_state(self, state: TrainerState) -> tuple[str, ...]:
