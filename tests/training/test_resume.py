@@ -311,7 +311,9 @@ def test_settings_that_keep_nothing_are_refused(tmp_path: Path, given: dict[str,
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_its_rows(tmp_path: Path) -> None:
     settings = config(tmp_path, learning_rate=1e30, dcp_save_interval=1, shuffle=False)
-    with pytest.raises(NonFiniteError, match=r"step 2, .*pairs\.jsonl, lines 3, 4: .*; look at these rows"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 2, lines 3, 4 of the training data: .*; look at these rows"
+    ):
         main(settings)
     assert [entry.step for entry in listed_in(tmp_path / "run")] == [1]
     assert [record["train/step"] for record in numbers(tmp_path / "run")] == [1]

@@ -14,29 +14,20 @@ Not here: other losses, ranked lists.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from firesteel.sdk import AdamParams, CheckpointError, NonFiniteError, ServiceClient
-from training.utils.checkpoints import (
-    Checkpoints,
-    Identity,
-    Notes,
-    Position,
-    ReferenceRecord,
-    Retention,
-    finite,
-    newest_checkpoint,
-)
+from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
-from training.utils.config import Settings, TrainerConfig, WandBConfig
+from training.utils.config import TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
+from training.utils.loop import Loop, SavedRun
 from training.utils.losses import DpoObjective, make_dpo_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
 from training.utils.pair_sets import PairSet, select_pairs
@@ -56,16 +47,15 @@ from training.utils.resume import (
 )
 from training.utils.row_index import RowIndex, index_rows
 from training.utils.run_folder import RunFolder
+from training.utils.run_settings import RUN_SETTINGS_THAT_MAY_CHANGE, RunSettings, at_home
 from training.utils.schedules import Batch, Epochs, Schedule
 from training.utils.service import build_service_client
-from training.utils.stopping import StopRequest, stopping_on_signals
+from training.utils.stopping import stopping_on_signals
 
 
-class Config(Settings):
-    """One DPO run."""
+class Config(RunSettings):
+    """One DPO run. What every run has beside these, its folder and checkpoints, is in `RunSettings`."""
 
-    log_path: str
-    """Folder of the run. What becomes of an earlier run in it, `resume` says."""
     base_model: str
     """Model to train: a catalogue name, Hugging Face id, folder or GGUF file."""
     dataset: str
@@ -120,33 +110,14 @@ class Config(Settings):
     """Of the row order, the adapter's start and the held-out split."""
     shuffle: bool = True
     """A new row order every epoch."""
-    init_from_checkpoint: str | None = None
-    """Checkpoint, or run folder (its newest), whose weights training starts from, at step 0."""
-    init_optimizer: bool = False
-    """With init_from_checkpoint: take its optimizer's state too."""
-    warm_start_from_adapter: str | None = None
-    """Adapter in PEFT's format that training starts from; lora_rank and lora_alpha must be its own."""
     reference: Literal["initial", "base"] = "initial"
     """What the policy is held to: what training starts from, or the base model in any case."""
     reference_pass: ReferenceMode = "upfront"
     """When the reference is asked: for all pairs before training, or `lazy`, for each batch as it comes up."""
     verify: bool = False
     """Before training, compare the first batch with transformers' own forward; a difference ends the run."""
-    dcp_save_interval: int = Field(default=0, ge=0)
-    """Steps between checkpoints; there is one after the last step too. 0 = none."""
-    resume: str = Field(default="auto", pattern=r"^(auto|never|step-\d+)$")
-    """`auto`: go on from the newest checkpoint in log_path, if there is any. `never` (--fresh): start anew; what is
-    there moves to `previous-<n>/`. `step-40` (--resume-from step-40): go on from that one."""
-    takeover: bool = False
-    """Take log_path from another process that writes to it; that one ends at its next write."""
-    keep_last: int | None = Field(default=None, ge=1)
-    """Keep only the newest so many checkpoints; unset = all."""
-    keep_every: int = Field(default=0, ge=0)
-    """With keep_last: keep also those whose step is a multiple of this."""
     keep_best: Literal["accuracy", "margin", "dpo_loss"] | None = None
     """With keep_last: keep also the one with the best value of this held-out metric."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite ends the run, or its step changes nothing and is counted."""
     trainer: TrainerConfig = TrainerConfig()
     """Training shapes."""
     wandb: WandBConfig = WandBConfig()
@@ -158,24 +129,14 @@ class Config(Settings):
         return AdamParams(learning_rate, *betas_and_eps, self.weight_decay, self.grad_clip_norm)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting of this run, as JSON: a `Config` of these makes or continues it.
+        """See `RunSettings.resolved`; without what this run does not read."""
+        resolved = super().resolved()
+        return resolved if self.lora_rank else {k: v for k, v in resolved.items() if k != "lora_alpha"}
 
-        How it was started is left out: to start it anew once more is for whoever asks.
-        """
-        unread = set() if self.lora_rank else {"lora_alpha"}
-        return self.model_dump(mode="json", exclude=unread | {"resume", "takeover"})
-
-    @property
-    def start(self) -> str | None:
-        """Folder of the weights that training starts from; None = the base model."""
-        if self.init_from_checkpoint is not None:
-            return str(newest_checkpoint(self.init_from_checkpoint))
-        return self.warm_start_from_adapter
-
-    @field_validator("log_path", "dataset", "eval_dataset", "init_from_checkpoint", "warm_start_from_adapter")
+    @field_validator("dataset", "eval_dataset")
     @classmethod
     def _at_home(cls, path: str | None) -> str | None:
-        return path and os.path.expanduser(path)  # a shell does this for flags, nobody for YAML
+        return at_home(path)
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod
@@ -190,16 +151,10 @@ class Config(Settings):
             raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
         if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
             raise ValueError("lora_alpha is not read at lora_rank 0")
-        if self.init_from_checkpoint and self.warm_start_from_adapter:
-            raise ValueError("give init_from_checkpoint or warm_start_from_adapter, not both")
         if self.warm_start_from_adapter and not self.lora_rank:
             raise ValueError("warm_start_from_adapter needs a lora_rank: the adapter's own")
-        if self.init_optimizer and not self.init_from_checkpoint:
-            raise ValueError("init_optimizer is not read without init_from_checkpoint")
-        if (self.keep_every or self.keep_best) and self.keep_last is None:
-            raise ValueError("keep_every and keep_best say what stays beside keep_last; give that too")
-        if self.keep_last and not self.dcp_save_interval:
-            raise ValueError("keep_last: there are no checkpoints without dcp_save_interval")
+        if self.keep_best and self.keep_last is None:
+            raise ValueError("keep_best says what stays beside keep_last; give that too")
         if self.keep_best and (not self.eval_interval or self.dcp_save_interval % self.eval_interval):
             raise ValueError(
                 "keep_best: every checkpoint needs its evaluation; make dcp_save_interval a multiple of eval_interval"
@@ -208,16 +163,15 @@ class Config(Settings):
 
 
 # fmt: off
-MAY_CHANGE_WHEN_GOING_ON = frozenset({
+MAY_CHANGE_WHEN_GOING_ON = RUN_SETTINGS_THAT_MAY_CHANGE | {
     # where things are and run: what they are is compared by content
-    "log_path", "base_model", "dataset", "tokenizer_model", "trainer", "reference_pass",
+    "base_model", "dataset", "tokenizer_model", "trainer", "reference_pass",
     # how the objective is followed from here on
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip_norm", "lr_scheduler",
-    "epochs", "on_nonfinite",
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip_norm", "lr_scheduler", "epochs",
     # what is looked at, shown and kept
     "eval_dataset", "eval_dataset content", "eval_interval", "sample_prompts", "sample_max_tokens", "verify", "wandb",
-    "dcp_save_interval", "resume", "takeover", "keep_last", "keep_every", "keep_best",
-})
+    "keep_best",
+}
 # fmt: on
 """Settings that may be others than before when a run goes on. A change of any other makes it another run."""
 
@@ -281,7 +235,19 @@ def main(config: Config) -> RunSummary:
         metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
-        return train(Loop(run, trainers, stop, metrics, Position.of_a_start({}, {})), service)
+        kept = Retention(config.keep_last, config.keep_every, config.keep_best)
+        loop = Loop(
+            settings=config,
+            saved=SavedRun(identity, trainers.record, run.epochs.total_steps),
+            policy=trainers.policy,
+            folder=folder,
+            metrics=metrics,
+            display=display,
+            stop=stop,
+            checkpoints=stack.enter_context(closing(Checkpoints(folder, kept))),
+            position=Position.of_a_start({}, {}),
+        )
+        return train(run, trainers, loop, service)
 
 
 def data_identity(
@@ -448,33 +414,10 @@ def record_reference(run: Run, references: References) -> ReferenceRecord:
     return then
 
 
-@dataclass
-class Loop:
-    """The steps of a run, and how far they have come."""
-
-    run: Run
-    trainers: Trainers
-    stop: StopRequest
-    metrics: MetricsLog
-    position: Position
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log numbers of a step, if the folder is still this run's."""
-        self.run.folder.refuse_if_taken_over()
-        self.metrics.log(step, metrics)
-
-    def notes(self) -> Notes:
-        """All that a checkpoint of now keeps beside the trainer's state."""
-        policy = self.trainers.policy
-        now = replace(self.position, seq_id=policy.next_seq_id, metrics_bytes=self.metrics.synced())
-        budget = policy.description.activation_token_budget
-        return Notes(now, self.run.identity, self.trainers.record, self.run.epochs.total_steps, budget)
-
-
-def train(loop: Loop, service: ServiceClient) -> RunSummary:
+def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> RunSummary:
     """Reference pass, evaluation, the steps, export."""
-    run, config, policy = loop.run, loop.run.config, loop.trainers.policy
-    references, folder = loop.trainers.references, loop.run.folder
+    config, folder = run.config, run.folder
+    policy, references = trainers.policy, trainers.references
     answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
     if not isinstance(run.start, GoOn) and config.lora_rank and references.start is not None:
         policy.save_weights(str(folder.reference))  # still as it started; see reference_weights
@@ -484,14 +427,15 @@ def train(loop: Loop, service: ServiceClient) -> RunSummary:
     if isinstance(run.start, GoOn):
         loop.position = run.start.position
     else:
-        loop.position = Position.of_a_start(evaluate_heldout(loop, step=0), answers.of(policy))
+        before = evaluate_heldout(run, trainers, loop, step=0)
+        loop.position = Position.of_a_start(before, answers.of(policy))
     loop.stop.exit_if_asked()
-    training_seconds = train_epochs(loop)
+    training_seconds = train_epochs(run, trainers, loop)
     position = loop.position
     folder.refuse_if_taken_over()
     export = policy.save_weights(str(folder.export_path(adapter=config.lora_rank > 0))).path
     run.display.say(f"exported: {export}")
-    after = position.heldout or evaluate_heldout(loop, position.step)
+    after = position.heldout or evaluate_heldout(run, trainers, loop, position.step)
     references.finish(run.display)
     answered = answers.of(policy)
     folder.refuse_if_taken_over()
@@ -513,78 +457,29 @@ def train(loop: Loop, service: ServiceClient) -> RunSummary:
     return summary
 
 
-def train_epochs(loop: Loop) -> float:
+def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
     """All steps that are left, the next rows being rendered meanwhile; returns the seconds they took."""
-    run, done, started = loop.run, loop.position.step, time.monotonic()
-    epochs = run.epochs
-    kept = Retention(run.config.keep_last, run.config.keep_every, run.config.keep_best)
-    checkpoints = Checkpoints(run.folder, kept)
+    epochs, done, started = run.epochs, loop.position.step, time.monotonic()
     ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
     stage = Stage("training", sum(len(batch.rows) for batch in epochs.batches(done)))
-    with closing(checkpoints), closing(ahead) as taken, run.display.bar(stage) as bar:
+    with closing(ahead) as taken, run.display.bar(stage) as bar:
         for batch, rows in zip(epochs.batches(done), taken, strict=True):
-            checkpoints.list_if_written()
-            metrics = train_or_skip(loop, batch, rows.pairs, checkpoints)
+            loop.checkpoints.list_if_written()
+            try:
+                metrics = train_step(run, trainers, batch, rows.pairs)
+            except NonFiniteError as error:
+                metrics = loop.skip_or_refuse(batch, [pair.line for pair in rows.pairs], error)
+            for symptom in symptoms(batch.step, metrics):
+                run.display.say(f"warning: step {batch.step}: {symptom}")
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics)
             bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
-            loop.position = after_step(loop, batch)
-            save_and_stop(loop, checkpoints)
+            interval = run.config.eval_interval
+            due = loop.is_last(batch) or (interval and batch.step % interval == 0)
+            loop.made(batch, evaluate_heldout(run, trainers, loop, batch.step) if due else {})
         run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.pairs} pairs, {bar.rate()}")
+    loop.checkpoints.finish()
     return time.monotonic() - started
-
-
-def after_step(loop: Loop, batch: Batch) -> Position:
-    """The position after a step, evaluated where that is due."""
-    run, before = loop.run, loop.position
-    last, interval = batch.step == run.epochs.total_steps, run.config.eval_interval
-    due = last or (interval and batch.step % interval == 0)
-    heldout = finite(evaluate_heldout(loop, batch.step)) if due else {}
-    rows = len(batch.rows) + (before.rows if batch.epoch == before.epoch else 0)
-    return replace(before, step=batch.step, epoch=batch.epoch, rows=rows, heldout=heldout)
-
-
-def save_and_stop(loop: Loop, checkpoints: Checkpoints) -> None:
-    """A checkpoint where one is due; the end of the process, after another, where a signal has asked for it."""
-    run, step, interval = loop.run, loop.position.step, loop.run.config.dcp_save_interval
-    stopping = loop.stop.asked
-    if interval and (step % interval == 0 or step == run.epochs.total_steps or stopping):
-        checkpoints.save(loop.trainers.policy, loop.notes())
-    if stopping and (interval or step < run.epochs.total_steps):
-        checkpoints.finish()
-        unsaved = "nothing is saved, dcp_save_interval is 0"
-        saved = "saved; started again (resume: auto) it goes on from there"
-        run.display.say(f"stopped after step {step}: {saved if interval else unsaved}")
-        loop.stop.exit_if_asked()
-
-
-def train_or_skip(
-    loop: Loop, batch: Batch, pairs: Sequence[PreferencePair], checkpoints: Checkpoints
-) -> dict[str, float]:
-    """The step, or what is logged of one that had no finite gradient.
-
-    Raises `NonFiniteError` naming its rows, after a checkpoint of the step before it.
-    """
-    run, config, done = loop.run, loop.run.config, loop.position.step
-    try:
-        metrics = train_step(run, loop.trainers, batch, pairs)
-    except NonFiniteError as error:
-        rows = ", ".join(str(pair.line) for pair in pairs)
-        told = f"step {batch.step}, {config.dataset}, lines {rows}: {error}"
-        if config.on_nonfinite == "stop":
-            if config.dcp_save_interval and done % config.dcp_save_interval:
-                checkpoints.save(loop.trainers.policy, loop.notes())
-            raise NonFiniteError(
-                f"{told}. The weights are those after step {done}; look at these rows, lower learning_rate, or set "
-                "on_nonfinite: skip"
-            ) from error
-        skipped = loop.position.skipped_steps + 1
-        loop.position = replace(loop.position, skipped_steps=skipped)
-        run.display.say(f"{told}; skipped, {skipped} so far")
-        return {"train/epoch": batch.epoch, "train/skipped_steps": skipped}
-    for symptom in symptoms(batch.step, metrics):
-        run.display.say(f"warning: step {batch.step}: {symptom}")
-    return metrics
 
 
 def train_step(
@@ -622,12 +517,11 @@ def verify_first_batch(run: Run, policy: ReconnectableClient, references: Refere
     verification.refuse_disagreement()
 
 
-def evaluate_heldout(loop: Loop, step: int) -> dict[str, float]:
+def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
     """Metrics on the held-out pairs, logged and shown; empty without any."""
-    run = loop.run
     if not run.split.heldout:
         return {}
-    metrics = evaluate(loop.trainers.policy, run.split.heldout, loop.trainers.references, run.objective)
+    metrics = evaluate(trainers.policy, run.split.heldout, trainers.references, run.objective)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(heldout_line(step, metrics))
     return metrics

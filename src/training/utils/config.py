@@ -15,7 +15,10 @@ class Settings(BaseModel):
     Raises `ConfigError` naming each wrong field, its value and what was expected.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    # Built when the first is made: `--help` needs the fields only, and need not wait for it.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

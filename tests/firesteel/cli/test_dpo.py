@@ -68,9 +68,23 @@ def test_all_settings_may_be_flags(config_file: Path) -> None:
         (["--beta", "-1"], "error[config]: beta: Input should be greater than 0 (got '-1')"),
         (["--dataset", "missing.jsonl"], "error[data]: missing.jsonl"),
         (["--base-model", "nobody"], "error[model]: "),
-        (["--dcp-save-interval", "3"], "error[not_built_yet]: dcp_save_interval"),
+        (
+            ["--fresh", "--resume-from", "step-3"],
+            "error[config]: --fresh, --resume-from and --resume are one",
+        ),
+        (["--resume-from", "step-3"], "error[checkpoint]: resume: step-3: "),
+        (["--keep-last", "3"], "error[config]: "),
     ],
-    ids=["unknown", "no value", "out of range", "no data", "no model", "not built"],
+    ids=[
+        "unknown",
+        "no value",
+        "out of range",
+        "no data",
+        "no model",
+        "contradiction",
+        "no checkpoint",
+        "keeps nothing",
+    ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     config_file: Path, arguments: list[str], message: str
@@ -158,8 +172,8 @@ def test_help_answers_at_once_and_lists_every_setting() -> None:
         subprocess.run([sys.executable, "-c", "import asyncio, numpy, pydantic, typer"], check=True)
         at_least.append(time.monotonic() - started)
     assert all(f"--{name.replace('_', '-')}" in ran.stdout for name in Config.model_fields)
-    # On a slow machine the libraries alone take longer than half a second.
-    assert min(seconds) < max(0.5, 2.5 * min(at_least))
+    # On a slow machine the libraries alone take half a second; in pairs, since it is not as fast at all times.
+    assert min(seconds) < 0.5 or min(a / b for a, b in zip(seconds, at_least, strict=True)) < 2.5
 
 
 def test_yes_or_no_is_a_switch(config_file: Path) -> None:

@@ -18,10 +18,12 @@ from firesteel.sdk.operations import (
     Backward,
     Forward,
     ForwardBackward,
+    LoadState,
     LossName,
     Operation,
     OptimStep,
     OrderedOperation,
+    SaveState,
     SaveWeights,
     UnloadModel,
     fingerprint,
@@ -150,6 +152,8 @@ OPERATIONS: list[OrderedOperation] = [
     Backward("m", 3, 2, (np.asarray([1.0, 2.0], np.float32), np.zeros((2, 2), np.float32))),
     OptimStep("m", 3, AdamParams(1e-5, 0.9, 0.99, 1e-8, 0.01, 1.0)),
     SaveWeights("m", 3, "somewhere"),
+    SaveState("m", 3, "somewhere", {"step": 2}),
+    LoadState("m", 3, "somewhere"),
 ]
 
 
@@ -237,6 +241,9 @@ FIELDS: Mapping[str, st.SearchStrategy[Any]] = {
     "dloss_dlogprob": st.lists(TENSORS.map(TensorData.to_numpy), max_size=2).map(tuple),
     "adam_params": st.builds(AdamParams, *[st.floats(0, 1)] * 6),
     "path": st.text(max_size=3),
+    "merged": st.booleans(),
+    "optimizer": st.booleans(),
+    "notes": st.dictionaries(st.text(max_size=3), st.integers(0, 3) | st.text(max_size=2), max_size=2),
 }
 
 
