@@ -85,4 +85,4 @@ def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy
     client = ReconnectableClient.from_training_client(policy)
     answers = [Answers(renderer, ["Hello?"], 8).of(client) for _ in range(2)]
     assert answers[0] == answers[1]
-    assert 0 < len(answers[0][0]) <= 8
+    assert 0 < len(answers[0]["Hello?"]) <= 8

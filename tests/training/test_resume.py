@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -408,10 +410,10 @@ def test_a_run_that_was_taken_over_in_its_last_evaluation_writes_nothing_more(
 ) -> None:
     evaluate = dpo_loop.evaluate
 
-    def evaluate_and_lose(*arguments: Any) -> dict[str, float]:
+    def evaluate_and_lose(*arguments: Any, **named: Any) -> dict[str, float]:
         if (tmp_path / "run/metrics.jsonl").stat().st_size > 2000:  # not the one before training
             (tmp_path / "run/run.lock").write_text('{"pid": 1, "host": "elsewhere", "token": "x"}')
-        return evaluate(*arguments)
+        return evaluate(*arguments, **named)
 
     monkeypatch.setattr(dpo_loop, "evaluate", evaluate_and_lose)
     with pytest.raises(ConfigError, match="was taken over by process 1 on elsewhere"):
@@ -464,3 +466,34 @@ def started_on(day: date, monkeypatch: pytest.MonkeyPatch) -> None:
             return day
 
     monkeypatch.setattr(rendering, "date", Day)
+
+
+def test_a_signal_abandons_an_evaluation_which_the_next_start_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = (config(tmp_path / name, count=12, **EVERYTHING_ON) for name in ("whole", "stopped"))
+    main(whole)
+    evaluate, calls = dpo_loop.evaluate, []
+
+    def evaluate_interrupted(*arguments: Any, **named: Any) -> dict[str, float]:
+        calls.append(arguments)
+        if len(calls) == 3:  # before training, after step 2, after step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo_loop, "evaluate", evaluate_interrupted)
+        with pytest.raises(SystemExit) as ended:
+            main(stopped)
+    assert ended.value.code == 143
+    assert listed_in(Path(stopped.log_path))[-1] == Listed(4, 1, {})
+    main(stopped)
+    ours, theirs = outcome(stopped), outcome(whole)
+    assert ours.pop("checkpoints") != theirs.pop("checkpoints")  # the evaluation came after that checkpoint
+    assert ours == theirs
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_in_a_thread_signals_stay_as_they_are(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(main, config(tmp_path)).result().steps == 3

@@ -426,6 +426,8 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
     )
     if isinstance(run.start, GoOn):
         loop.position = run.start.position
+        if evaluation_due(run, loop.position.step) and not loop.position.heldout:  # a signal came in between
+            loop.evaluated(evaluate_heldout(run, trainers, loop, loop.position.step))
     else:
         before = evaluate_heldout(run, trainers, loop, step=0)
         loop.position = Position.of_a_start(before, answers.of(policy))
@@ -474,12 +476,17 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics)
             bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
-            interval = run.config.eval_interval
-            due = loop.is_last(batch) or (interval and batch.step % interval == 0)
+            due = evaluation_due(run, batch.step)
             loop.made(batch, evaluate_heldout(run, trainers, loop, batch.step) if due else {})
         run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.pairs} pairs, {bar.rate()}")
     loop.checkpoints.finish()
     return time.monotonic() - started
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether the policy is evaluated after this step."""
+    interval = run.config.eval_interval
+    return step == run.epochs.total_steps or (interval > 0 and step % interval == 0)
 
 
 def train_step(
@@ -518,10 +525,17 @@ def verify_first_batch(run: Run, policy: ReconnectableClient, references: Refere
 
 
 def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
-    """Metrics on the held-out pairs, logged and shown; empty without any."""
-    if not run.split.heldout:
+    """Metrics on the held-out pairs, logged and shown; empty without any, and where a signal ends the run."""
+    heldout = run.split.heldout
+    metrics = (
+        evaluate(
+            trainers.policy, heldout, trainers.references, run.objective, abandon=lambda: loop.stop.asked
+        )
+        if heldout
+        else {}
+    )
+    if not metrics:
         return {}
-    metrics = evaluate(trainers.policy, run.split.heldout, trainers.references, run.objective)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(heldout_line(step, metrics))
     return metrics

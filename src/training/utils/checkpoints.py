@@ -152,8 +152,6 @@ class Checkpoints:
         self._folder = folder
         self._retention = retention
         self._writing: tuple[Listed, APIFuture[SaveStateResponse]] | None = None
-        self.newest: int | None = None
-        """The step of the last one that was begun here."""
 
     def save(self, policy: ReconnectableClient, notes: Notes) -> None:
         """Begin a checkpoint of now. Waits for the one before it to be on the disk, and raises its error."""
@@ -165,7 +163,6 @@ class Checkpoints:
         self._folder.set_aside([entry.path])
         future = policy.submit_save_state(str(self._folder.path / entry.path), asdict(notes))
         self._writing = entry, future
-        self.newest = entry.step
 
     def list_if_written(self) -> None:
         """List the one that is being written, if it is whole by now."""

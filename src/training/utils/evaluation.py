@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,16 @@ def evaluate(
     references: References,
     objective: DpoObjective,
     batch_size: int = 16,
+    abandon: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Metrics over held-out pairs, each pair counted once: independent of `batch_size`."""
+    """Metrics over held-out pairs, each pair counted once: independent of `batch_size`.
+
+    Empty where `abandon`, asked before each batch, says so.
+    """
     scores = []
     for batch in pairs.blocks(batch_size):
+        if abandon():
+            return {}
         data = [datum for pair in batch for datum in pair.datums]
         outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
         logprobs = [output["logprobs"].to_torch() for output in outputs]

@@ -52,14 +52,17 @@ class Loop:
         """A step was made, logged and, where it was due, evaluated: save it where that is due, and end if asked to."""
         before = self.position
         rows = len(batch.rows) + (before.rows if batch.epoch == before.epoch else 0)
-        self.position = replace(
-            before, step=batch.step, epoch=batch.epoch, rows=rows, heldout=finite(heldout)
-        )
+        self.position = replace(before, step=batch.step, epoch=batch.epoch, rows=rows)
+        self.evaluated(heldout)
         interval, stopping = self.settings.dcp_save_interval, self.stop.asked
         if interval and (batch.step % interval == 0 or self.is_last(batch) or stopping):
             self.checkpoints.save(self.policy, self._notes())
         if stopping and (interval or not self.is_last(batch)):
             self._end()
+
+    def evaluated(self, heldout: Mapping[str, float]) -> None:
+        """What the held-out metrics of the last step are; empty where it was not evaluated."""
+        self.position = replace(self.position, heldout=finite(heldout))
 
     def skip_or_refuse(self, batch: Batch, lines: Sequence[int], error: NonFiniteError) -> dict[str, float]:
         """What is logged of a step that was not finite and changed nothing.

@@ -31,6 +31,7 @@ from firesteel.sdk import (
     ModelInput,
     OperationError,
     OperationFailed,
+    StorageError,
 )
 from firesteel.sdk.operations import (
     Backward,
@@ -306,14 +307,13 @@ def test_the_engine_checks_data_itself(engine, policy) -> None:
         assert isinstance(error, OperationError), error
 
 
-def test_a_failure_that_is_not_the_callers_is_named_as_such_and_poisons_nothing(
+def test_a_place_that_cannot_be_written_to_is_named_and_poisons_nothing(
     engine, policy, data, tmp_path: Path
 ) -> None:
     (tmp_path / "a file").write_text("")
     error = engine.submit(SaveWeights(policy, 1, str(tmp_path / "a file" / "inside"))).exception(60)
-    assert isinstance(error, OperationFailed)
-    assert error.category == "server"
-    assert f"save_weights seq 1 of {policy}: NotADirectoryError" in str(error)
+    assert isinstance(error, StorageError)
+    assert "a file/inside was not written, " in str(error)
     assert isinstance(error.__cause__, NotADirectoryError)
     engine.submit(ForwardBackward(policy, 2, data)).result(60)
     engine.submit(OptimStep(policy, 3, SGD_LIKE)).result(60)
