@@ -46,6 +46,10 @@ def give(weights: list[torch.nn.Parameter], gradients: list[np.ndarray]) -> None
         weight.grad = torch.from_numpy(gradient.copy()).to(weight.dtype)
 
 
+def optimizer_of(weights: list[torch.nn.Parameter]) -> Optimizer:
+    return Optimizer({str(place): weight for place, weight in enumerate(weights)})
+
+
 def copies(weights: list[torch.nn.Parameter]) -> list[np.ndarray]:
     return [w.detach().numpy().copy() for w in weights]
 
@@ -65,7 +69,7 @@ adam_params = st.builds(
 def test_every_step_is_adamw_with_the_settings_that_came_with_it(steps: list[AdamParams], seed: int) -> None:
     rng = np.random.default_rng(seed)
     weights = parameters(rng)
-    optimizer, expected = Optimizer(weights), NumpyAdamW(copies(weights))
+    optimizer, expected = optimizer_of(weights), NumpyAdamW(copies(weights))
     for params in steps:
         gradients = [rng.normal(size=tuple(w.shape)) for w in weights]
         give(weights, gradients)
@@ -81,7 +85,7 @@ def test_decay_is_decoupled_from_the_gradient(rng: np.random.Generator) -> None:
     weights = parameters(rng)
     before = copies(weights)
     give(weights, [np.zeros(tuple(w.shape)) for w in weights])
-    Optimizer(weights).step(AdamParams(learning_rate=0.1, weight_decay=0.5))
+    optimizer_of(weights).step(AdamParams(learning_rate=0.1, weight_decay=0.5))
     for ours, was in zip(copies(weights), before, strict=True):
         np.testing.assert_allclose(ours, was * 0.95, rtol=1e-12)
 
@@ -90,7 +94,7 @@ def test_without_decay_a_zero_gradient_moves_nothing(rng: np.random.Generator) -
     weights = parameters(rng)
     before = copies(weights)
     give(weights, [np.zeros(tuple(w.shape)) for w in weights])
-    Optimizer(weights).step(AdamParams(learning_rate=0.1))
+    optimizer_of(weights).step(AdamParams(learning_rate=0.1))
     assert all(np.array_equal(a, b) for a, b in zip(copies(weights), before, strict=True))
 
 
@@ -99,7 +103,7 @@ def test_clipping_bounds_the_global_norm_and_reports_the_one_before(
     rng: np.random.Generator, scale: float
 ) -> None:
     weights = parameters(rng)
-    optimizer, expected = Optimizer(weights), NumpyAdamW(copies(weights))
+    optimizer, expected = optimizer_of(weights), NumpyAdamW(copies(weights))
     # eps far above the gradient: Adam would otherwise hide any scale.
     params = AdamParams(learning_rate=1.0, eps=10.0, grad_clip_norm=1.5)
     for _ in range(3):
@@ -118,7 +122,7 @@ def test_a_clip_norm_of_zero_clips_nothing(rng: np.random.Generator) -> None:
     params = AdamParams(learning_rate=1.0, eps=1e3, grad_clip_norm=0.0)
     gradients = [rng.normal(size=tuple(w.shape)) * 1e3 for w in weights]
     give(weights, gradients)
-    Optimizer(weights).step(params)
+    optimizer_of(weights).step(params)
     expected.step(gradients, params)
     for ours, theirs in zip(copies(weights), expected.weights, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10)
@@ -130,7 +134,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_to_the_bit(
     rng: np.random.Generator, poison: float, clip: float
 ) -> None:
     weights = parameters(rng)
-    optimizer, expected = Optimizer(weights), NumpyAdamW(copies(weights))
+    optimizer, expected = optimizer_of(weights), NumpyAdamW(copies(weights))
     before = copies(weights)
     gradients = [rng.normal(size=tuple(w.shape)) for w in weights]
     gradients[1][2] = poison
@@ -153,13 +157,13 @@ def test_a_step_without_a_gradient_is_refused(rng: np.random.Generator) -> None:
     weights = parameters(rng)
     before = copies(weights)
     with pytest.raises(OperationError, match="forward_backward first"):
-        Optimizer(weights).step(AdamParams(weight_decay=0.1))
+        optimizer_of(weights).step(AdamParams(weight_decay=0.1))
     assert all(np.array_equal(a, b) for a, b in zip(copies(weights), before, strict=True))
 
 
 def test_a_step_clears_the_gradient_it_used(rng: np.random.Generator) -> None:
     weights = parameters(rng)
     give(weights, [np.ones(tuple(w.shape)) for w in weights])
-    optimizer = Optimizer(weights)
+    optimizer = optimizer_of(weights)
     optimizer.step(AdamParams())
     assert all(w.grad is None for w in weights)

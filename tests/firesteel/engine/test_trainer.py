@@ -147,14 +147,12 @@ def test_a_shared_prefix_gives_an_adapter_the_gradient_of_separate_sequences(
         with torch.no_grad():
             for layer in layers:
                 plain.get_submodule(layer).weight += (
-                    scale
-                    * adapter[f"{layer}.lora_B.policy.weight"]
-                    @ adapter[f"{layer}.lora_A.policy.weight"]
+                    scale * adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
                 )
         whole = plain_gradient(plain, data)
     expected = {}
     for layer in layers:
-        a, b = (f"{layer}.lora_{side}.policy.weight" for side in "AB")
+        a, b = (f"{layer}.lora_{side}.weight" for side in "AB")
         expected[a] = scale * adapter[b].T @ whole[f"{layer}.weight"]
         expected[b] = scale * whole[f"{layer}.weight"] @ adapter[a].T
     assert relative_difference(expected, ours) <= PRECISIONS[dtype]
