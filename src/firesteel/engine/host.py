@@ -174,9 +174,8 @@ class Host:
         shape = operation.shape
         entry, folder = self._fetch(operation.base_model)
         if entry.kind != "folder" and folder not in self._verified:
-            store.verify(
-                folder, entry.name
-            )  # a flipped bit in the weights would train, and nobody would know
+            # A flipped bit in the weights would train, and nobody would know.
+            store.verify(folder, entry.name)
             self._verified.add(folder)
         if owns_weights:
             return load_base(operation.base_model, entry, folder, shape)

@@ -104,7 +104,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.bad_rows = path / "bad_rows.jsonl"
         self.samples = path / "samples.jsonl"
-        self.checkpoints = path / CHECKPOINTS
         self.listing = path / LISTING
         self.summary = path / SUMMARY
         self.reference = path / "reference"
@@ -158,11 +157,6 @@ class RunFolder:
             raise ConfigError(
                 f"log_path: {self.path} was taken over {by}; this run stops and writes nothing more"
             )
-
-    @property
-    def earlier_run(self) -> bool:
-        """Whether there is anything of one."""
-        return any((self.path / name).exists() for name in RUN_FILES)
 
     def there_are(self, names: Iterable[str]) -> list[str]:
         """Those of these files and folders that exist."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -16,7 +14,7 @@ import orjson
 from firesteel.sdk import CheckpointError
 from firesteel.sealed import storage_errors
 from training.utils.checkpoints import found_in
-from training.utils.run_folder import RUN_FILES, RunFolder, is_a_run
+from training.utils.run_folder import RUN_FILES, Lock, RunFolder, is_a_run
 
 State = Literal["running", "finished", "stopped", "damaged"]
 DEPTH = 3
@@ -70,14 +68,8 @@ def row_of(run: Path) -> RunRow:
 
 def is_held(run: Path) -> bool:
     """Whether a process writes to it now."""
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    with closing(Lock(run)) as lock:
+        return not lock.take()
 
 
 def remove_run(run: Path) -> None:
