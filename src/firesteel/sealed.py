@@ -22,9 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from firesteel.sdk.errors import StorageError
 
 MANIFEST = "manifest.json"
+# What a refusal to write is raised as: libraries that write safetensors do not raise the system's own.
+WRITE_ERRORS = (OSError, SafetensorError)
 _READ_BYTES = 2**22
 
 
@@ -181,7 +185,7 @@ def storage_errors(target: Path, bytes_needed: int) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:
+    except WRITE_ERRORS as error:
         raise StorageError(
             f"{target} was not written, {bytes_needed:,} bytes: {error}; make room, or name a folder that can be "
             "written to"

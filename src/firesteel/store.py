@@ -32,8 +32,8 @@ from pathlib import Path
 from firesteel.catalog import ModelEntry
 from firesteel.fetching import Progress
 from firesteel.model_sources import MAKERS, TOKENIZER_FILES, sha256_of, sha256_of_gguf, tokenizer_from_hub
-from firesteel.sdk.errors import ModelError
-from firesteel.sealed import MANIFEST, SealedFile, sync
+from firesteel.sdk.errors import ModelError, StorageError
+from firesteel.sealed import MANIFEST, WRITE_ERRORS, SealedFile, sync
 
 _SHARD_INDEX = "model.safetensors.index.json"
 _FORMAT = 2  # raised when the same source gives other files than before: a new folder, no stale one
@@ -81,7 +81,8 @@ def fetch(entry: ModelEntry, progress: Progress | None = None, *, force: bool = 
     """A folder with config.json, *.safetensors and tokenizer files, fetched or converted first if need be.
 
     A local folder is given back as it is. `force` makes a stored model anew. Raises ModelError where the
-    model cannot be had or is damaged. Several processes may ask at once: one fetches, the others wait.
+    model cannot be had or is damaged, StorageError where it cannot be kept. Several processes may ask at once: one
+    fetches, the others wait.
     """
     folder = where(entry, progress)
     if entry.kind != "folder" and (force or not folder.exists()):
@@ -195,11 +196,10 @@ def _make(making: _Making, force: bool) -> None:
         with _lock(folder, making.progress):
             if force or not folder.exists():  # another process may have made it while this one waited
                 _make_under_lock(making)
+    except StorageError:
+        raise
     except OSError as error:
-        raise ModelError(
-            f"model {making.entry.name!r} cannot be kept in {folder.parent}: {error}; make room or set "
-            "FIRESTEEL_HOME to a folder that can be written to"
-        ) from error
+        raise _cannot_be_kept(making, str(error)) from error
 
 
 def _make_under_lock(making: _Making) -> None:
@@ -217,8 +217,18 @@ def _make_under_lock(making: _Making) -> None:
             folder.rename(partial / "replaced")
         made.rename(folder)
         sync(folder.parent)
+    except WRITE_ERRORS as error:
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        raise _cannot_be_kept(making, f"{error}, after {written:,} bytes") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cannot_be_kept(making: _Making, why: str) -> StorageError:
+    return StorageError(
+        f"model {making.entry.name!r} cannot be kept in {making.folder.parent}: {why}; make room or set "
+        "FIRESTEEL_HOME to a folder that can be written to"
+    )
 
 
 @contextmanager

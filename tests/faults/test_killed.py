@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from fault_record import TRIES, Record
-from processes import finish, kill_somewhere, run, start, steps_of, wait_for_step
+from processes import COMMAND, finish, kill_somewhere, run, start, steps_of, wait_for_step
 from runs import config, outcome
 
 from training.recipes.dpo_loop import Config
@@ -204,8 +207,6 @@ def test_times_of_files_decide_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays_whole(tmp_path: Path) -> None:
-    import subprocess
-
     record = Record("1 MB tmpfs, filled by checkpoints")
     small = tmp_path / "small"
     small.mkdir()
@@ -234,9 +235,44 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays_whole(tmp_
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_a_folder_that_is_read_only_is_refused_before_any_work(tmp_path: Path) -> None:
-    import subprocess
+def test_a_disk_that_the_reference_cache_fills_is_the_same_error_and_the_rest_is_computed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record("tmpfs, filled by the model store, then by the reference cache")
+    small = tmp_path / "small"
+    small.mkdir()
+    monkeypatch.setenv("FIRESTEEL_HOME", str(small))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], check=True)
+    try:
+        settings = config(tmp_path, count=400, log_path=str(tmp_path / "run"))
+        record.tried()
+        status, said = run(settings)
+        assert status == 2, said
+        assert re.search(
+            rf"error\[storage].* cannot be kept in {small}/models: .*after [\d,]+ bytes", said
+        ), said
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
+        subprocess.run([COMMAND[0], "models", "pull", "tiny-llama"], check=True, capture_output=True)
+        room = shutil.disk_usage(small).used + 96 * 1024
+        subprocess.run(["mount", "-o", f"remount,size={room}", str(small)], check=True)
+        status, said = run(settings)
+        assert status == 2, said
+        assert "error[storage]" in said
+        assert "Traceback" not in said
+        assert re.search(rf"{small}/reference_cache.sqlite.* about [\d,]+ bytes are needed", said), said
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        status, said = run(settings)
+        assert status == 0, said
+        found = re.search(r"(\d+) from the cache, (\d+) computed", said)
+        assert found is not None, said
+        assert int(found[1]) > 0, said
+        assert int(found[2]) > 0, said
+        record.survived()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
+
+def test_a_folder_that_is_read_only_is_refused_before_any_work(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=True)

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, TensorData
+from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, StorageError, TensorData
 from firesteel.sdk.operations import ModelIdentity
 from firesteel.sdk.types import FloatArray
 from training.utils.losses import PairLogprobs
@@ -37,6 +37,10 @@ PROBE_PAIRS = 4
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.25}
 LOCK_SECONDS = 60
 WRITTEN_REMEMBERED = 100_000
+_EMPTY_BYTES = 3 * 4096  # header, table and index, a page each
+_ENTRY_BYTES = (
+    128  # of an entry, beside its values: key, row, the key once more in the index, half-filled pages
+)
 _ELSEWHERE = "set FIRESTEEL_HOME to a writable folder"
 _SCHEMA_VERSION = 1
 _SCHEMA = (
@@ -84,7 +88,8 @@ class ReferenceCache:
     def __init__(self, path: Path, identity: ModelIdentity, tokenizer_identity: str) -> None:
         """Open or create the file.
 
-        Raises `DataError` if it is not a cache of this version, `ConfigError` if its folder cannot be made.
+        Raises `DataError` if it is not a cache of this version, `ConfigError` if its folder cannot be made,
+        `StorageError` (as everything here that writes) if the disk is full.
         """
         scope = f"{identity.weights} {identity.numerics} {tokenizer_identity}"
         self._scope = hashlib.sha256(scope.encode()).digest()
@@ -101,11 +106,16 @@ class ReferenceCache:
             self._open()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """SQLite's errors as ours: a file that cannot be used now, or never."""
+    def _explained(self, bytes_needed: int = _EMPTY_BYTES) -> Iterator[None]:
+        """SQLite's errors as ours: a disk without room for `bytes_needed`, a file that cannot be used now, or never."""
         try:
             yield
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise StorageError(
+                    f"reference cache {self._path}: {error}, about {bytes_needed:,} bytes are needed for the next "
+                    "entries; make room, or set FIRESTEEL_HOME to a folder with room"
+                ) from error
             raise ConfigError(f"reference cache {self._path}: {error}; {_ELSEWHERE}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(
@@ -188,7 +198,9 @@ class ReferenceCache:
         self, block: Sequence[PreferencePair], reference: Reference
     ) -> tuple[CacheStatistics, list[PreferencePair]]:
         """What was done, and the pairs that were there before."""
-        with self._explained():
+        # Twice: the write-ahead log holds the entries too.
+        scored = (int(_scored(datum).sum()) for pair in block for datum in pair.datums)
+        with self._explained(2 * sum(4 * count + _ENTRY_BYTES for count in scored)):
             cached = [pair for pair in block if self._read(pair) is not None]
             missing = len(block) - len(cached)
             if not missing:
