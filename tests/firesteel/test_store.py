@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from firesteel import store
 from firesteel.catalog import ModelEntry
-from firesteel.sdk.errors import ModelError
+from firesteel.sdk.errors import ModelError, StorageError
 
 TINY = ModelEntry("tiny-llama", "builtin:tiny-llama")
 
@@ -94,7 +94,7 @@ def test_a_home_that_cannot_be_written_to_is_a_clear_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="make room or set FIRESTEEL_HOME"):
+    with pytest.raises(StorageError, match="make room or set FIRESTEEL_HOME"):
         store.fetch(TINY)
 
 
