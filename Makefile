@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := src tests examples benchmarks
+CODE := src tests examples benchmarks compat
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults check format bench bench-scaling clean
+.PHONY: help setup demo test test-slow compat faults check format bench bench-scaling clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: setup ## Run the fast tests
 
 test-slow: $(VENV)/.installed-slow ## Run the tests with the real model and foreign packages (TRL, tinker)
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+compat: setup ## Run tinker and two Fireworks SDKs against a server of this machine (minutes; the first time longer)
+	$(BIN)/python compat/run.py
 
 faults: $(VENV)/.installed-slow ## Kill, stop and starve runs, TRIES times each (20), and print what survived (half an hour)
 	FIRESTEEL_FAULT_TRIES=$(or $(TRIES),20) $(BIN)/python -m pytest -m slow tests/faults --timeout 7200 -s

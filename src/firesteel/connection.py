@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from firesteel.sdk.errors import ConfigError, NotBuiltYetError
+from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from firesteel.sdk.service_client import Provisioning, ServiceClient
@@ -30,15 +30,17 @@ def connect(
     `None` reads the environment (`FIRESTEEL_BASE_URL`, then `FIREWORKS_BASE_URL`); nothing there, or
     `"local"`, means a trainer in this process, which needs no key and ignores `api_key`. An explicit
     argument wins over the environment, with one exception: the guide's default cloud address gives way
-    to `FIRESTEEL_BASE_URL`, and a line says so. `additional_headers` go with HTTP requests.
-
-    Raises `NotBuiltYetError` for a URL: the HTTP service is not built yet.
+    to `FIRESTEEL_BASE_URL`, and a line says so. For a URL the key is `api_key`, or that of the environment
+    (`FIRESTEEL_API_KEY`, then `FIREWORKS_API_KEY`); `additional_headers` go with every request.
     """
     from firesteel.sdk.service_client import ServiceClient
 
     address = _choose_address(base_url)
     if address != "local":
-        raise _no_trainer_there(address)
+        _refuse_no_server(address)
+        from firesteel.sdk.http_transport import HTTPTransport
+
+        return ServiceClient(HTTPTransport(address, _choose_key(api_key), additional_headers), provisioning)
     from firesteel.engine.engine import Engine
 
     return ServiceClient(Engine(), provisioning)
@@ -56,18 +58,20 @@ def _choose_address(base_url: str | None) -> str:
     return base_url.rstrip("/")
 
 
-def _no_trainer_there(address: str) -> Exception:
+def _choose_key(api_key: str | None) -> str | None:
+    return api_key or os.environ.get("FIRESTEEL_API_KEY") or os.environ.get("FIREWORKS_API_KEY") or None
+
+
+def _refuse_no_server(address: str) -> None:
+    """Raise `ConfigError` for an address at which no server of ours can be."""
     embedded = (
         'base_url="local", or FIREWORKS_BASE_URL=local (or FIRESTEEL_BASE_URL=local) in the environment'
     )
     if address == GUIDE_CLOUD:
-        return ConfigError(
+        raise ConfigError(
             f"base_url: Firesteel does not train in the cloud at {address}. To train in this process, set {embedded}"
         )
     if not address.startswith(("http://", "https://")):
-        return ConfigError(
+        raise ConfigError(
             f'base_url: {address!r} is neither "local" nor a URL. To train in this process, set {embedded}'
         )
-    return NotBuiltYetError(
-        f"base_url: {address}: trainers behind HTTP are not built yet. To train in this process, set {embedded}"
-    )

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import firesteel
-from firesteel.cli import models, recipes, runs
+from firesteel.cli import keys, models, recipes, runs, serve
 from firesteel.sdk.errors import FiresteelError, UserError
 
 app = typer.Typer(
@@ -32,6 +32,9 @@ recipes.register(app)
 app.command("export")(runs.export)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
+app.command("serve")(serve.serve)
+app.command("ps")(serve.ps)
+app.add_typer(keys.app, name="keys")
 
 
 def run() -> None:

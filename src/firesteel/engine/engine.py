@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 from firesteel.engine.host import Host
 from firesteel.engine.memory import keep_freed_memory
 from firesteel.engine.ordering import ModelOrder, new_future
+from firesteel.engine.turns import Turns
 from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, OperationFailed
 from firesteel.sdk.operations import (
     CreateBaseReference,
@@ -37,7 +37,7 @@ class Engine:
         keep_freed_memory()  # before the thread below makes its first allocation
         self._host = Host()
         self._orders: dict[str, ModelOrder] = {}
-        self._queue: deque[tuple[Operation, Future[Any]]] = deque()
+        self._queue: Turns[tuple[Operation, Future[Any]]] = Turns()
         self._wake = threading.Condition()
         self._closed = False
         # A daemon, so that a script that forgets to close still exits; the ledgers of `sdk.futures` let
@@ -45,8 +45,11 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="firesteel-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, operation: Operation) -> Future[Any]:
-        """Queue an operation. An operation with a `seq_id` waits for those before it."""
+    def submit(self, operation: Operation, lane: str = "") -> Future[Any]:
+        """Queue an operation. An operation with a `seq_id` waits for those before it, of whatever lane.
+
+        What waits in several lanes (of several users) runs in turn, one operation of each.
+        """
         with self._wake:
             if self._closed:
                 raise ClosedError(f"{operation_name(operation)}: the engine is closed")
@@ -56,12 +59,24 @@ class Engine:
                         f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"
                     )
                 future, ready = self._orders[operation.model_id].accept(operation)
-                self._queue.extend((submitted.operation, submitted.future) for submitted in ready)
+                for submitted in ready:
+                    self._queue.put(lane, (submitted.operation, submitted.future))
             else:
                 future = new_future()
-                self._queue.append((operation, future))
+                self._queue.put(lane, (operation, future))
             self._wake.notify()
         return future
+
+    def give_up_gaps(self, patience: float) -> None:
+        """Fail operations that have waited for an earlier number of their model for more than `patience` seconds."""
+        with self._wake:
+            for order in self._orders.values():
+                order.give_up_gaps(patience)
+
+    def waiting(self) -> dict[str, int]:
+        """How many operations wait in each lane that has any."""
+        with self._wake:
+            return self._queue.lengths()
 
     def close(self) -> None:
         """Let the running operation end, fail what waits with `ClosedError` by name, and free all models."""
@@ -69,8 +84,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            waiting = list(self._queue)
-            self._queue.clear()
+            waiting = self._queue.take_all()
             for order in self._orders.values():
                 order.fail_held()
             self._wake.notify()
@@ -87,7 +101,7 @@ class Engine:
                 self._wake.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                operation, future = self._queue.popleft()
+                operation, future = self._queue.take()
             self._answer(operation, future, partial(self._host.run, operation))
             # Nothing of the last operation may stay alive while the thread waits for the next.
             del operation, future

@@ -25,8 +25,8 @@ from firesteel.engine.models import (
 )
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
-from firesteel.engine.states import read_start, read_state, write_state
-from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss
+from firesteel.engine.states import is_state, read_start, read_state, write_state
+from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss, slopes_of
 from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
 from firesteel.sdk.operations import (
@@ -42,6 +42,7 @@ from firesteel.sdk.operations import (
     ModelIdentity,
     Operation,
     OptimStep,
+    Refused,
     ReleaseForward,
     ResolveShape,
     Sample,
@@ -57,6 +58,7 @@ from firesteel.sdk.types import (
     FloatArray,
     ForwardBackwardOutput,
     LoadStateResponse,
+    ModelInput,
     OptimStepResponse,
     SampleResponse,
     SaveStateResponse,
@@ -66,6 +68,8 @@ from firesteel.sdk.types import (
 from firesteel.sdk.validation import check_data
 from firesteel.sealed import storage_errors, sync
 
+KEPT_FORWARDS = 128
+
 
 @dataclass(frozen=True)
 class RetainedForward:
@@ -73,6 +77,8 @@ class RetainedForward:
 
     retained: Retained
     answer: ForwardBackwardOutput
+    offered: bool
+    """To a `ForwardBackward` of the same data, instead of to a `Backward`."""
 
 
 @dataclass
@@ -82,6 +88,19 @@ class HostedModel:
     description: ModelDescription
     trainer: Trainer
     retained: dict[int, RetainedForward] = field(default_factory=dict)
+
+    def retain(self, seq_id: int, forward: RetainedForward) -> None:
+        """Keep a forward; of too many, whose backwards never came, the oldest goes."""
+        self.retained[seq_id] = forward
+        if len(self.retained) > KEPT_FORWARDS:
+            del self.retained[min(self.retained)]
+
+    def take_offered(self, sequences: Sequences) -> RetainedForward | None:
+        """The forward that was offered to a call of these sequences, and is its own from now on."""
+        for seq_id, forward in self.retained.items():
+            if forward.offered and forward.retained.sequences.same_as(sequences):
+                return self.retained.pop(seq_id)
+        return None
 
 
 class Host:
@@ -136,9 +155,9 @@ class Host:
             case LoadState():
                 return self._load_state(operation)
             case Sample():
-                with self._model(operation.model_id).trainer.generating() as base:
-                    prompt, params = operation.prompt, operation.sampling_params
-                    return SampleResponse(sample(base, prompt, params, operation.num_samples))
+                return self._sample(operation)
+            case Refused():
+                raise OperationError(operation.reason)
 
     def _resolve_shape(self, operation: ResolveShape) -> TrainingShape:
         """The catalogue's shape, with the model's own limit where the shape sets none or a larger one."""
@@ -192,11 +211,16 @@ class Host:
             )
         description = policy.description
         return self._host(
-            policy.trainer.base, CreateModel(description.base_model, description.shape, trainable=False)
+            policy.trainer.base,
+            CreateModel(
+                description.base_model, description.shape, trainable=False, model_id=operation.model_id
+            ),
         )
 
     def _host(self, base: BaseModel, operation: CreateModel) -> ModelDescription:
-        model_id = f"model-{next(self._numbers)}"
+        model_id = operation.model_id or f"model-{next(self._numbers)}"
+        if model_id in self.models:
+            raise OperationError(f"create_model: there is a model {model_id!r} already")
         trainer = Trainer(
             base, model_id, operation.lora, operation.trainable, operation.activation_token_budget
         )
@@ -226,19 +250,27 @@ class Host:
         check_data(operation.data, operation.loss_fn, operation.loss_fn_config, operation.weighted_only)
         loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
         sequences = _sequences(model, operation.data, operation.weighted_only)
-        if not operation.retain:
+        offered = operation.offer and model.description.trainable
+        if not (operation.retain or offered):
             return _answer(model.trainer.forward(sequences, loss))
         held = sum(forward.retained.tokens for forward in model.retained.values())
         scores, retained = model.trainer.forward_retained(sequences, loss, held)
-        model.retained[operation.seq_id] = RetainedForward(retained, _answer(scores))
-        return model.retained[operation.seq_id].answer
+        forward = RetainedForward(retained, _answer(scores), offered)
+        model.retain(operation.seq_id, forward)
+        return forward.answer
 
     def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
         check_data(operation.data, operation.loss_fn, operation.loss_fn_config, operation.weighted_only)
         loss = built_in_loss(operation.loss_fn, operation.data, operation.loss_fn_config)
         sequences = _sequences(model, operation.data, operation.weighted_only)
-        return _answer(model.trainer.forward_backward(sequences, loss))
+        offered = model.take_offered(sequences)
+        if offered is None:
+            return _answer(model.trainer.forward_backward(sequences, loss))
+        outputs = offered.answer.loss_fn_outputs
+        total, slopes = slopes_of(loss, [output["logprobs"].to_numpy() for output in outputs])
+        model.trainer.backward(offered.retained, slopes)
+        return replace(offered.answer, metrics={**offered.answer.metrics, "loss:sum": total})
 
     def _backward(self, operation: Backward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -246,7 +278,7 @@ class Host:
         if forward is None:
             raise OperationError(
                 f"{operation_name(operation)}: forward seq {operation.of} is not kept: it was not sent with retain, "
-                f"its backward has run, or the weights have changed since"
+                f"its backward has run, the weights have changed since, or it waited too long for a backward"
             )
         _check_shapes(operation, forward.retained.sequences, operation.dloss_dlogprob)
         model.trainer.backward(forward.retained, operation.dloss_dlogprob)
@@ -297,10 +329,28 @@ class Host:
 
     def _load_state(self, operation: LoadState) -> LoadStateResponse:
         model, folder = self._model(operation.model_id), Path(operation.path)
-        state = read_state(folder, with_optimizer=operation.optimizer)
-        differences = model.trainer.load_state(state)
+        if operation.optimizer or is_state(folder):
+            differences = model.trainer.load_state(read_state(folder, operation.optimizer))
+        else:
+            differences = ()
+            model.trainer.load_weights(*read_start(folder, model.trainer.lora))
         model.retained.clear()  # their log-probabilities are of weights that are gone
         return LoadStateResponse(str(folder), differences)
+
+    def _sample(self, operation: Sample) -> SampleResponse:
+        model, prompt = self._model(operation.model_id), operation.prompt
+        with model.trainer.generating() as base:
+            sequences = sample(base, prompt, operation.sampling_params, operation.num_samples)
+        if not operation.prompt_logprobs:
+            return SampleResponse(sequences)
+        tokens = prompt.to_ints()
+        scored: list[float] = []
+        if len(tokens) > 1:  # nothing comes before the first
+            inputs = {"target_tokens": TensorData(tokens[1:], "int64")}
+            datum = Datum(ModelInput.from_ints(tokens[:-1]), inputs)
+            loss = built_in_loss("cross_entropy", (datum,), None)
+            scored = model.trainer.forward(_sequences(model, (datum,), False), loss).logprobs[0].tolist()
+        return SampleResponse(sequences, [None, *scored])
 
     def _model(self, model_id: str) -> HostedModel:
         if model_id not in self.models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Submitted:
     operation: OrderedOperation
     digest: bytes
     future: Future[Any] = field(default_factory=new_future)
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class ModelOrder:
                 ClosedError(f"{name}: closed while waiting for seq_id {self._next}")
             )
         self._held.clear()
+
+    def give_up_gaps(self, patience: float) -> None:
+        """Fail what has waited for a missing number for more than `patience` seconds, and count on from behind it."""
+        overdue = [seq for seq, held in self._held.items() if time.monotonic() - held.arrived > patience]
+        if not overdue:
+            return
+        missing = self._next
+        for seq in sorted(seq for seq in self._held if seq <= max(overdue)):
+            submitted = self._held.pop(seq)
+            submitted.future.set_exception(
+                OperationError(
+                    f"{operation_name(submitted.operation)}: seq_id {missing} has not come within {patience:g} s; "
+                    "nothing was done. Send it again with a new number"
+                )
+            )
+        self._next = max(overdue) + 1
 
     def _release(self) -> list[Submitted]:
         ready = []

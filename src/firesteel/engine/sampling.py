@@ -41,13 +41,14 @@ def sample(
         output = base.network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=_generation_config(params, stop, num_samples),
+            generation_config=_generation_config(params, stop, num_samples if params.temperature > 0 else 1),
         )
     steps = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
-    return [
+    answers = [
         _cut(answer, scores, stop)
         for answer, scores in zip(output.sequences[:, len(tokens) :], steps, strict=True)
     ]
+    return answers if params.temperature > 0 else answers * num_samples  # greedy: always the same
 
 
 @contextmanager

@@ -112,6 +112,11 @@ def write_state(state: TrainerState, target: Path, notes: Mapping[str, Any]) -> 
         folder.write_json(NOTES, dict(notes))
 
 
+def is_state(folder: Path) -> bool:
+    """Whether a folder says that it is a saved state."""
+    return (folder / STATE).exists()
+
+
 def read_state(folder: Path, with_optimizer: bool) -> TrainerState:
     """Read a state, every byte of it compared with its hash. Raises `CheckpointError` naming what is wrong."""
     if problem := damage(folder, names=(WEIGHTS, OPTIMIZER, STATE)):
@@ -138,7 +143,7 @@ def read_start(folder: Path, lora: LoraConfig | None) -> tuple[Belonging | None,
 
     Raises `CheckpointError` for a folder that is neither, or an adapter of other settings than `lora`.
     """
-    if (folder / STATE).exists():
+    if is_state(folder):
         state = read_state(folder, with_optimizer=False)
         return state.belonging, state.weights
     if lora is None or not (folder / ADAPTER_CONFIG).exists():

@@ -46,6 +46,17 @@ class Sequences:
     asked: tuple[Asked, ...]
     plan: tuple[MicroBatch, ...]
 
+    def same_as(self, other: Sequences) -> bool:
+        """Whether a forward of one is a forward of the other."""
+        return len(self.tokens) == len(other.tokens) and all(
+            np.array_equal(one, another)
+            for mine, theirs in ((self.tokens, other.tokens), (self._asked(), other._asked()))
+            for one, another in zip(mine, theirs, strict=True)
+        )
+
+    def _asked(self) -> list[IntArray]:
+        return [array for asked in self.asked for array in (asked.targets, asked.places)]
+
 
 @dataclass(frozen=True)
 class Work:
@@ -117,7 +128,7 @@ class Trainer:
         self._choices_told: set[bool] = set()
         self._activations = Activations(base.network.parameters())
         self._adapter = Adapter(base, name, lora) if lora else None
-        self._lora = lora
+        self.lora = lora
         self._optimizer: Optimizer | None = None
         self._lost_gradient: str | None = None
         self._added = False  # whether the running backward has changed the gradient
@@ -240,12 +251,21 @@ class Trainer:
 
         Raises `CheckpointError`, with nothing changed, for a state of another model.
         """
-        optimizer = self._need_trainable("load_state")
-        optimizer.check(state.optimizer or {})
-        self.begin_with(state.belonging, state.weights)
-        optimizer.load(state.optimizer or {})
-        self._lost_gradient = None
+        self._need_trainable("load_state").check(state.optimizer or {})
+        self.load_weights(state.belonging, state.weights, state.optimizer or {})
         return state.environment.differences(Environment.of_this_process())
+
+    def load_weights(
+        self,
+        belonging: Belonging | None,
+        weights: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Go on with other weights, as of `begin_with`; without its tensors the optimizer starts anew."""
+        trained_by = self._need_trainable("load_state")
+        self.begin_with(belonging, weights)
+        trained_by.load(optimizer or {})
+        self._lost_gradient = None
 
     def begin_with(self, belonging: Belonging | None, weights: Mapping[str, torch.Tensor]) -> None:
         """Take all weights that this model has of its own from others of the same names, shapes and types.
@@ -398,7 +418,7 @@ class Trainer:
         return dict(self.base.network.named_parameters())
 
     def _belonging(self) -> Belonging:
-        lora, base = self._lora, self.base
+        lora, base = self.lora, self.base
         return Belonging(
             base_model=base.name,
             base_weights=base.identity if lora else None,
@@ -436,3 +456,14 @@ def _refuse_other_tensors(
 def built_in_loss(name: str, data: Sequence[Datum], settings: Mapping[str, float] | None) -> DatumLoss:
     """A built-in loss over this call's data."""
     return lambda index, logprobs: datum_loss(name, logprobs, data[index], settings)
+
+
+def slopes_of(loss: DatumLoss, logprobs: Sequence[FloatArray]) -> tuple[float, tuple[FloatArray, ...]]:
+    """The loss, and its derivative with respect to each log-probability."""
+    leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in logprobs]
+    with torch.enable_grad():
+        total = torch.stack([loss(index, leaf) for index, leaf in enumerate(leaves)]).sum()
+    # A loss whose weights are all 0 still has a derivative, 0, of every leaf.
+    total.backward()  # type: ignore[no-untyped-call]
+    slopes = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+    return total.item(), tuple(slope.numpy() for slope in slopes)

@@ -4,6 +4,7 @@
 """
 
 from firesteel.sdk.errors import (
+    AuthError,
     CheckpointError,
     ClosedError,
     ConfigError,
@@ -16,6 +17,8 @@ from firesteel.sdk.errors import (
     OperationFailed,
     RowError,
     StorageError,
+    TrainerLost,
+    TransportError,
     UserError,
     VerificationFailed,
 )
@@ -44,6 +47,7 @@ from firesteel.sdk.verification import Verification
 __all__ = [
     "APIFuture",
     "AdamParams",
+    "AuthError",
     "CheckpointError",
     "ClosedError",
     "ConfigError",
@@ -71,8 +75,10 @@ __all__ = [
     "ServiceClient",
     "StorageError",
     "TensorData",
+    "TrainerLost",
     "TrainingClient",
     "Transport",
+    "TransportError",
     "UserError",
     "Verification",
     "VerificationFailed",

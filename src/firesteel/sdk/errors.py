@@ -12,9 +12,12 @@
     │   │   └── NonFiniteError   a loss or gradient that is infinite or not a number; no weight was changed
     │   ├── CheckpointError      a checkpoint that is damaged, or of another model, objective or data
     │   ├── StorageError         a disk that is full or a folder that cannot be written to
+    │   ├── AuthError            a key that is missing, unknown or of another account
     │   └── NotBuiltYetError     planned, documented, not there yet
     ├── VerificationFailed       the fast path and the plain path differ by more than rounding
     ├── OperationFailed          an operation failed for a reason that is not the caller's; category "server"
+    ├── TransportError           a server that cannot be reached, or does not answer in time
+    ├── TrainerLost              a session or model that the server no longer has
     └── ClosedError              the client, trainer or engine was closed while the operation waited
 
 Each also inherits the standard class it specialises. `code` is stable and printed by the command line;
@@ -106,6 +109,12 @@ class NotBuiltYetError(UserError, NotImplementedError):
     code = "not_built_yet"
 
 
+class AuthError(UserError, PermissionError):
+    """A key is missing, unknown, revoked, or belongs to another account."""
+
+    code = "auth"
+
+
 class OperationFailed(FiresteelError, RuntimeError):
     """An operation failed for a reason that is not the caller's: a bug, or a resource that ran out."""
 
@@ -122,3 +131,15 @@ class ClosedError(FiresteelError, RuntimeError):
     """The client, trainer or engine was closed before the operation ran."""
 
     code = "closed"
+
+
+class TransportError(FiresteelError, ConnectionError):
+    """The server could not be reached, or did not answer, within the time that was allowed."""
+
+    code = "transport"
+
+
+class TrainerLost(FiresteelError, RuntimeError):
+    """The server no longer has this session or model: it was started anew, or the session expired."""
+
+    code = "trainer.lost"

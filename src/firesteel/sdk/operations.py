@@ -87,6 +87,8 @@ class CreateModel:
     start: str | None = None
     """A saved state, or an adapter in PEFT's format, whose weights the model begins with; None = the base, or a fresh
     adapter. Refused, as by `LoadState`, where it is of another model."""
+    model_id: str | None = None
+    """What to call it; None = the engine's next name."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class CreateBaseReference:
     """A frozen model on the weights under a LoRA policy, its adapter off. Result: `ModelDescription`."""
 
     policy_id: str
+    model_id: str | None = None
+    """As of `CreateModel`."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ class Forward:
     after sharing, `scored_tokens:sum`, `micro_batches:sum`, and `activation_bytes:max`, the most that was kept for
     a backward so far.
 
-    With `retain`, a `Backward(of=seq_id)` may follow, as long as the weights do not change. With
-    `weighted_only`, targets of weight 0 are not scored: their log-probabilities read 0.0.
+    With `retain`, a `Backward(of=seq_id)` may follow, as long as the weights do not change. With `offer`, a
+    `ForwardBackward` of the same tokens and targets that follows takes this forward for its own: clients that know no
+    `Backward` send a custom loss so. With `weighted_only`, targets of weight 0 are not scored: their
+    log-probabilities read 0.0.
     """
 
     model_id: str
@@ -129,6 +135,7 @@ class Forward:
     loss_fn_config: Mapping[str, float] | None = None
     weighted_only: bool = False
     retain: bool = False
+    offer: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,8 @@ class SaveState:
 class LoadState:
     """Go on from a saved state, every byte of which is compared with its hash first. Result: `LoadStateResponse`.
 
-    Without `optimizer` only weights are taken and the optimizer starts anew. A gradient and kept forwards are dropped.
+    Without `optimizer` only weights are taken, of a state or of an adapter in PEFT's format, and the optimizer starts
+    anew. A gradient and kept forwards are dropped.
     Refused, with nothing changed, where the state is damaged or of another model.
     """
 
@@ -243,10 +251,21 @@ class Sample:
     prompt: ModelInput
     sampling_params: SamplingParams
     num_samples: int = 1
+    prompt_logprobs: bool = False
+    """Also the log-probability of each prompt token but the first."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that could not be read as its operation. It takes its place in the order, and fails with `reason`."""
+
+    model_id: str
+    seq_id: int
+    reason: str
 
 
 OrderedOperation = (
-    Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights | SaveState | LoadState
+    Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights | SaveState | LoadState | Refused
 )
 UnorderedOperation = (
     ResolveShape | CreateModel | CreateBaseReference | IdentifyModel | UnloadModel | ReleaseForward | Sample

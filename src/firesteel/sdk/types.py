@@ -353,3 +353,5 @@ class SampleResponse:
     """The continuations of one prompt."""
 
     sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    """Of each prompt token after those before it, None for the first; only where they were asked for."""

@@ -238,6 +238,7 @@ FIELDS: Mapping[str, st.SearchStrategy[Any]] = {
     "loss_fn_config": st.none() | st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2),
     "weighted_only": st.booleans(),
     "retain": st.booleans(),
+    "offer": st.booleans(),
     "dloss_dlogprob": st.lists(TENSORS.map(TensorData.to_numpy), max_size=2).map(tuple),
     "adam_params": st.builds(AdamParams, *[st.floats(0, 1)] * 6),
     "path": st.text(max_size=3),

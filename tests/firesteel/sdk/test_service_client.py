@@ -25,6 +25,7 @@ from firesteel.sdk import (
 )
 from firesteel.sdk.service_client import ReferenceStrategy, decide_reference, policy_mode
 from firesteel.sdk.shapes import Mode
+from transports import WAYS, Way, way_to
 
 STEP = AdamParams(learning_rate=1e-2)
 SHARED, SEPARATE = ReferenceStrategy.SHARED, ReferenceStrategy.SEPARATE
@@ -51,20 +52,30 @@ def _one_thread() -> Iterator[None]:
 Connect = Callable[..., ServiceClient]
 
 
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+@pytest.fixture(params=WAYS)
+def way(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_folders: dict[str, Path],
+) -> Iterator[Way]:
+    """All of this file holds for a trainer in this process and for one behind HTTP."""
     catalog = tmp_path / "catalog.yaml"
     catalog.write_text(SHAPES)
     monkeypatch.setenv("FIRESTEEL_CATALOG", str(catalog))
-    made = Engine()
-    yield made
-    made.close()
+    with way_to(request.param, tmp_path / "service", *map(str, model_folders.values())) as made:
+        yield made
 
 
 @pytest.fixture
-def connect(engine: Engine, llama_folder: str) -> Connect:
+def engine(way: Way) -> Engine:
+    return way.engine
+
+
+@pytest.fixture
+def connect(way: Way, llama_folder: str) -> Connect:
     def build(**settings: object) -> ServiceClient:
-        return ServiceClient(engine, Provisioning(**{"base_model": llama_folder, **settings}))  # type: ignore[arg-type]
+        return ServiceClient(way.transport, Provisioning(**{"base_model": llama_folder, **settings}))  # type: ignore[arg-type]
 
     return build
 
@@ -255,9 +266,9 @@ def test_a_rank_and_a_lora_config_of_another_rank_are_refused(connect) -> None:
         connect().create_training_client(lora_rank=8, lora_config=LoraConfig(rank=4))
 
 
-def test_no_base_model_anywhere_is_refused(engine) -> None:
+def test_no_base_model_anywhere_is_refused(way) -> None:
     with pytest.raises(ConfigError, match="base_model: give it"):
-        ServiceClient(engine).create_training_client()
+        ServiceClient(way.transport).create_training_client()
 
 
 @pytest.mark.parametrize("how", ["lora_rank", "lora_config"])
@@ -320,13 +331,13 @@ def test_releasing_a_shared_reference_leaves_the_policy(connect, engine, data) -
     train(policy, data)
 
 
-def test_closing_ends_everything_and_may_be_repeated(connect, engine, data) -> None:
+def test_closing_ends_everything_and_may_be_repeated(connect, engine, data, way) -> None:
     service = connect(lora_rank=0)
     policy, reference = service.create_training_client(), service.create_reference_client()
     policy.forward_backward(data)
     service.close()
     service.close()
-    assert engine._closed
+    assert way.closed
     assert engine._host.models == {}
     for client in (policy, reference):
         with pytest.raises(ClosedError):
@@ -335,19 +346,21 @@ def test_closing_ends_everything_and_may_be_repeated(connect, engine, data) -> N
         service.create_training_client()
 
 
-def test_without_cleanup_closing_leaves_the_policy_in_its_trainer(connect, engine, data) -> None:
+def test_without_cleanup_closing_leaves_the_policy_in_its_trainer(connect, engine, data, way) -> None:
     service = connect(lora_rank=0, cleanup_trainer_on_close=False)
     policy = service.create_training_client()
     service.create_reference_client()
     service.close()
-    assert not engine._closed
+    assert not way.closed
     assert list(engine._host.models) == [policy.model_id]
     with pytest.raises(ClosedError):
         policy.forward(data)
 
 
 @pytest.mark.parametrize("cleanup", [True, False])
-def test_closing_raises_what_nobody_read_and_still_ends_everything(cleanup, connect, engine, data) -> None:
+def test_closing_raises_what_nobody_read_and_still_ends_everything(
+    cleanup, connect, engine, data, way
+) -> None:
     service = connect(lora_rank=2, cleanup_trainer_on_close=cleanup)
     failing, other = service.create_training_client(), service.create_training_client()
     reference = service.create_reference_client()
@@ -355,7 +368,7 @@ def test_closing_raises_what_nobody_read_and_still_ends_everything(cleanup, conn
     failing.optim_step(STEP)
     with pytest.raises(OperationError, match=r"frozen reference|no gradient"):
         service.close()
-    assert engine._closed == cleanup
+    assert way.closed == cleanup
     for client in (failing, other, reference):
         with pytest.raises(ClosedError):
             client.forward(data)
@@ -363,25 +376,25 @@ def test_closing_raises_what_nobody_read_and_still_ends_everything(cleanup, conn
     service.close()
 
 
-def test_a_with_block_closes_at_its_end(connect, engine) -> None:
+def test_a_with_block_closes_at_its_end(connect, engine, way) -> None:
     with connect(lora_rank=2) as service:
         service.create_training_client()
-    assert engine._closed
+    assert way.closed
 
 
-def test_a_close_after_the_engine_is_gone_is_quiet_about_it(connect, engine) -> None:
+def test_a_close_after_the_trainer_is_gone_says_so_once(connect, way) -> None:
     service = connect(lora_rank=2)
     service.create_training_client()
-    engine.close()
+    way.transport.close()
     with pytest.raises(ClosedError):
         service.close()
     service.close()
 
 
-def test_a_shared_reference_is_of_the_model_asked_for(engine, model_folders, data) -> None:
+def test_a_shared_reference_is_of_the_model_asked_for(way, engine, model_folders, data) -> None:
     """The newest policy's base was given, whatever model was asked for."""
     llama, qwen = str(model_folders["llama"]), str(model_folders["qwen2"])
-    service = ServiceClient(engine, Provisioning())
+    service = ServiceClient(way.transport, Provisioning())
     first = service.create_training_client(llama, lora_rank=2)
     service.create_training_client(qwen, lora_rank=2)
     service.create_training_client(llama)  # all weights: it has no base to share

@@ -1,0 +1,139 @@
+"""What requests have been promised: results by request id, until they have been fetched and some time has passed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from firesteel.sdk.errors import AuthError, OperationError, TrainerLost
+from firesteel.sdk.types import ForwardBackwardOutput
+
+# A delivered answer stays for a client whose connection broke in the middle of it; one that nobody fetches goes too.
+DELIVERED_SECONDS = 300.0
+FORGOTTEN_SECONDS = 3600.0
+DELIVERED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: by whom, the numbers that a retry of it repeats, and what it holds."""
+
+    account: str
+    what: str
+    numbers: tuple[str | int, ...]
+    sha256: bytes
+
+    @classmethod
+    def of(cls, account: str, what: str, numbers: tuple[str | int, ...], content: bytes) -> Asked:
+        """A request of this content."""
+        return cls(account, what, numbers, hashlib.sha256(content).digest())
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for a retry."""
+        return self.account, self.what, *self.numbers
+
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.what, *self.numbers)))
+
+
+@dataclass
+class Answer:
+    """The future of one request."""
+
+    request_id: str
+    asked: Asked
+    future: asyncio.Future[Any]
+    delivered: float | None = None
+    created: float = field(default_factory=time.monotonic)
+
+    @property
+    def bytes(self) -> int:
+        """Of the arrays that it keeps."""
+        if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
+            return 0
+        result = self.future.result()
+        if not isinstance(result, ForwardBackwardOutput):
+            return 0
+        return sum(t.to_numpy().nbytes for output in result.loss_fn_outputs for t in output.values())
+
+
+class Answers:
+    """All answers of this process. Runs in the event loop."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._keys: dict[tuple[object, ...], str] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def once(self, asked: Asked, start: Callable[[], Awaitable[Any]]) -> Answer:
+        """The promise of a request: a retry gets that of the first, and starts nothing.
+
+        `start` checks and begins; what it raises is raised here and nothing is promised. Raises `OperationError` for
+        another request under the same key.
+        """
+        known = self.of_key(asked.key)
+        if known is not None:
+            if known.asked.sha256 != asked.sha256:
+                raise OperationError(
+                    f"{asked}: this number was already used for a request with other content"
+                )
+            return known
+        future = asyncio.ensure_future(start())
+        # Looked at here, so that nothing complains about an error that its client never asks for.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        answer = Answer(f"request-{secrets.token_hex(8)}", asked, future)
+        self._answers[answer.request_id] = answer
+        self._keys[asked.key] = answer.request_id
+        return answer
+
+    def of_key(self, key: tuple[object, ...]) -> Answer | None:
+        """The promise of an earlier request, by what a retry of it repeats."""
+        return self._answers.get(self._keys.get(key, ""))
+
+    def find(self, request_id: str, account: str) -> Answer:
+        """An answer of this account. Raises `TrainerLost` for one that is not there (any more)."""
+        if request_id not in self._answers:
+            raise TrainerLost(
+                f"there is no request {request_id!r} here: its answer was delivered some time ago, or the server was "
+                "started anew since"
+            )
+        answer = self._answers[request_id]
+        if answer.asked.account != account:
+            raise AuthError(f"request {request_id!r} belongs to another account")
+        return answer
+
+    async def wait(self, answer: Answer, seconds: float) -> bool:
+        """Whether it is there within `seconds`; it counts as delivered from then on."""
+        if not answer.future.done():
+            await asyncio.wait([answer.future], timeout=seconds)
+        if answer.future.done():
+            answer.delivered = time.monotonic()
+        return answer.future.done()
+
+    def sweep(self) -> None:
+        """Forget what has been delivered for a while, or is more than memory is for, and what nobody came for."""
+        now = time.monotonic()
+        kept_bytes = 0
+        gone = set()
+        for answer in reversed(self._answers.values()):
+            if not answer.future.done():
+                continue
+            kept_bytes += answer.bytes
+            delivered = answer.delivered is not None
+            if (
+                delivered
+                and (now - (answer.delivered or 0) > DELIVERED_SECONDS or kept_bytes > DELIVERED_BYTES)
+            ) or now - answer.created > FORGOTTEN_SECONDS:
+                gone.add(answer.request_id)
+        for request_id in gone:
+            del self._answers[request_id]
+        self._keys = {key: found for key, found in self._keys.items() if found not in gone}

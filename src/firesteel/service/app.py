@@ -1,0 +1,220 @@
+"""The server: routes under their roots, who may call, how much a body may hold, and errors as answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+import firesteel
+from firesteel.sdk.errors import (
+    AuthError,
+    ClosedError,
+    FiresteelError,
+    OperationError,
+    OperationFailed,
+    TrainerLost,
+    UserError,
+)
+from firesteel.service import control_plane, data_plane, operation_plane, status
+from firesteel.service.access import Unauthenticated, account_of
+from firesteel.service.jobs import JobExists, NotFound
+from firesteel.service.service import Service
+from firesteel.service.sessions import Place
+
+logger = logging.getLogger("firesteel.service")
+
+ROOTS = ("/api/v1", "/training/v1/rlorTrainerJobs/{account}/{job}/api/v1")
+TEND_SECONDS = 1.0
+_RPC_STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}
+_RPC_STATUS |= {409: "ALREADY_EXISTS", 410: "NOT_FOUND", 413: "INVALID_ARGUMENT", 503: "UNAVAILABLE"}
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def build_app(service: Service, no_auth: bool = False) -> FastAPI:
+    """The application around a service, which it closes when it ends."""
+    app = FastAPI(
+        title="Firesteel",
+        version=firesteel.__version__,
+        description="Trainers behind HTTP: Tinker's data plane, Fireworks' control plane, and Firesteel's own client.",
+        lifespan=_lifespan,
+    )
+    app.state.service = service
+    app.state.no_auth = no_auth
+    for root in ROOTS:
+        app.include_router(data_plane.router, prefix=root, tags=["data plane"])
+        app.include_router(operation_plane.router, prefix=root, tags=["operations"])
+    app.include_router(control_plane.router, tags=["control plane"])
+    app.include_router(status.router, tags=["status"])
+    app.add_exception_handler(FiresteelError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
+    app.add_middleware(_Door, service=service)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    tending = asyncio.create_task(_tend(service))
+    try:
+        yield
+    finally:
+        tending.cancel()
+        await service.close()
+
+
+async def _tend(service: Service) -> None:
+    while True:
+        await asyncio.sleep(TEND_SECONDS)
+        try:
+            await service.tend()
+        except FiresteelError as error:
+            logger.warning("%s", error)
+
+
+class _Door:
+    """The first to see a request: its size, its id, its line in the log. Reads no body itself."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        request_id = secrets.token_hex(8)
+        started = time.monotonic()
+        status = taken = 0
+        most = self._most_bytes(scope)
+
+        async def bounded() -> Message:
+            # Counted as it comes: a length that lies, or none at all, does not fill the memory.
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > most:
+                raise _TooLarge(
+                    f"the body has more than the {most:,} bytes that this server takes; send less at a time"
+                )
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if headers.get(b"content-encoding", b"identity") != b"identity":
+                raise _Encoded("content-encoding: bodies are taken as they are, not compressed")
+            declared = headers.get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > most:
+                raise _TooLarge(
+                    f"the body has {int(declared):,} bytes; this server takes {most:,}, send less at a time"
+                )
+            await self._app(scope, bounded, noted)
+        except FiresteelError as error:
+            await _error_response(error)(scope, receive, noted)
+        finally:
+            self._service.metrics.requests.labels(scope["method"], str(status)).inc()
+            line = {"request": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            line["ms"] = round((time.monotonic() - started) * 1e3, 1)
+            logger.info(json.dumps(line))
+
+    def _most_bytes(self, scope: Message) -> int:
+        limits = self._service.limits
+        return limits.transfer_bytes if "/transfers/" in scope["path"] else limits.body_bytes
+
+
+class _TooLarge(OperationError):
+    code = "too_large"
+
+
+class _Encoded(OperationError):
+    code = "encoding"
+
+
+_STATUS: dict[type[FiresteelError], int] = {
+    Unauthenticated: 401,
+    AuthError: 403,
+    NotFound: 404,
+    JobExists: 409,
+    TrainerLost: 410,
+    _TooLarge: 413,
+    _Encoded: 415,
+    ClosedError: 503,  # about to end: the one that a client may try again
+    UserError: 400,
+    # A failure of ours that a repetition would not mend: clients repeat 5xx for minutes.
+    FiresteelError: 400,
+}
+
+
+def _error_response(error: FiresteelError) -> Response:
+    status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+    headers = {"retry-after": "2"} if status == 503 else {"x-should-retry": "false"}
+    return _response(status, error.code, str(error), headers)
+
+
+def _response(status: int, code: str, text: str, headers: dict[str, str] | None = None) -> Response:
+    content = {
+        "error": {"code": code, "message": text, "status": _RPC_STATUS.get(status, "INVALID_ARGUMENT")}
+    }
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FiresteelError)
+    return _error_response(error)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    text = "; ".join(
+        f"{'.'.join(map(str, found['loc'][1:]))}: {found['msg']}" for found in error.errors()[:5]
+    )
+    _use_up_number(request, error.body, text)
+    return _response(400, "operation", text)
+
+
+def _use_up_number(request: Request, body: Any, reason: str) -> None:
+    """A client counts on from a request that was refused."""
+    if not isinstance(body, dict) or not isinstance(body.get("seq_id"), int):
+        return
+    service: Service = request.app.state.service
+    try:
+        place = Place(account_of(request), request.path_params.get("job"))
+        model = service.sessions.model(str(body.get("model_id")), place)
+    except FiresteelError:
+        return
+    service.refuse(model, body["seq_id"], OperationError(reason))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _response(error.status_code, "http", str(error.detail), dict(error.headers or {}))
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """The border: a bug of ours is one request's failure, said once, and nothing that a client repeats for minutes."""
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    failure = OperationFailed(f"{type(error).__name__}: {error}")
+    return _error_response(failure)

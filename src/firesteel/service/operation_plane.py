@@ -1,0 +1,223 @@
+"""The route of our own client: operations as they are, arrays as bytes, the answer in the same exchange if it can be.
+
+A request names itself (`Firesteel-Request`), so that a client whose connection broke can ask again and nothing runs
+twice. What takes longer than a request is held is asked for again in the same way, without its body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, Response
+
+from firesteel.sdk import wire
+from firesteel.sdk.errors import FiresteelError, OperationError, OperationFailed, TrainerLost
+from firesteel.sdk.operations import (
+    CreateBaseReference,
+    CreateModel,
+    IdentifyModel,
+    LoadState,
+    ModelDescription,
+    Operation,
+    OrderedOperation,
+    ReleaseForward,
+    ResolveShape,
+    Sample,
+    SaveState,
+    SaveWeights,
+    UnloadModel,
+)
+from firesteel.sdk.types import LoadStateResponse, SaveStateResponse, SaveWeightsResponse
+from firesteel.service.access import Here, Served
+from firesteel.service.answers import Asked
+from firesteel.service.service import ModelRequest, Service
+from firesteel.service.sessions import Place, ServedModel, Session
+from firesteel.service.transfers import PREFIX
+
+router = APIRouter()
+RequestId = Annotated[str, Header(alias="firesteel-request", pattern=r"^[0-9a-f]{32}$")]
+SessionId = Annotated[str, Header(alias="firesteel-session", max_length=64)]
+
+
+@router.post("/operations", responses={202: {"description": "not there yet; GET /operations"}})
+async def run_operation(
+    request: Request, request_id: RequestId, session_id: SessionId, place: Here, service: Served
+) -> Response:
+    """Run one operation and answer with its result, or with 202 if that takes longer than a request is held."""
+    content = await request.body()
+    session = service.sessions.find(session_id, place)
+    operation = wire.decode_operation(content)
+    asked = Asked.of(place.account, "operation", (request_id,), content)
+    service.answers.once(asked, lambda: _start(service, session, operation))
+    return await _answer(service, place, request_id)
+
+
+@router.get("/operations", responses={202: {"description": "not there yet; ask again"}})
+async def await_operation(request_id: RequestId, place: Here, service: Served) -> Response:
+    """The result of an operation that was sent before."""
+    return await _answer(service, place, request_id)
+
+
+async def _answer(service: Service, place: Place, request_id: str) -> Response:
+    answer = service.answers.of_key((place.account, "operation", request_id))
+    if answer is None:
+        raise TrainerLost(
+            f"there is no operation of request {request_id!r} here: the server was started anew"
+        )
+    if not await service.answers.wait(answer, service.limits.poll_seconds):
+        return Response(status_code=202)
+    error = answer.future.exception()
+    if error is None:
+        content = wire.encode_result(answer.future.result())
+    elif isinstance(error, FiresteelError):
+        content = wire.encode_error(error)
+    else:
+        content = wire.encode_error(OperationFailed(f"{type(error).__name__}: {error}"))
+    return Response(content, media_type=wire.MEDIA_TYPE)
+
+
+def _start(service: Service, session: Session, operation: Operation) -> Awaitable[Any]:
+    """What runs an operation for a session; refusals at the door are raised at once, and use up their number."""
+    if not isinstance(operation, OrderedOperation):
+        return _start_unordered(service, session, operation)
+    model = service.sessions.model(operation.model_id, session.place)
+    try:
+        if isinstance(operation, SaveState | SaveWeights):
+            return _save(service, model, operation)
+        if isinstance(operation, LoadState):
+            return _load(service, model, operation)
+        return service.submit(model, operation)
+    except FiresteelError as error:
+        service.refuse(model, operation.seq_id, error)
+        raise
+
+
+def _start_unordered(service: Service, session: Session, operation: Operation) -> Awaitable[Any]:
+    match operation:
+        case ResolveShape():
+            source = service.models.source(operation.base_model, session.place.account)
+            return service.run(replace(operation, base_model=source), session.session_id)
+        case CreateModel():
+            request = ModelRequest(operation.base_model, operation.lora, operation.trainable, {})
+            service.refuse_model(request, session.place.account)
+            return _create(service, session, operation, request)
+        case CreateBaseReference():
+            policy = service.sessions.model(operation.policy_id, session.place)
+            request = ModelRequest(policy.description.base_model, None, False, {})
+            return _described(service.host(session, operation, request))
+        case UnloadModel():
+            return service.unload(service.sessions.model(operation.model_id, session.place))
+        case IdentifyModel() | ReleaseForward() | Sample():
+            return service.submit(service.sessions.model(operation.model_id, session.place), operation)
+        case _:
+            raise OperationError(f"{type(operation).__name__} is not an operation of clients")
+
+
+async def _described(making: Awaitable[ServedModel]) -> ModelDescription:
+    return (await making).description
+
+
+async def _create(
+    service: Service, session: Session, operation: CreateModel, request: ModelRequest
+) -> ModelDescription:
+    account, start = session.place.account, operation.start
+    source = service.models.source(operation.base_model, account)
+    if start is None:
+        return (await service.host(session, replace(operation, base_model=source), request)).description
+    if not start.startswith(PREFIX):
+        start = service.checkpoints.resolve(start, session.place).folder
+        begun = replace(operation, base_model=source, start=start)
+        return (await service.host(session, begun, request)).description
+    transfer_id = start.removeprefix(PREFIX)
+    folder = service.transfers.place(account, transfer_id)
+    with _named(folder, start):
+        try:
+            begun = replace(operation, base_model=source, start=str(folder))
+            return (await service.host(session, begun, request)).description
+        finally:
+            service.transfers.end(account, transfer_id)
+
+
+@contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Errors about a folder of this server, by the name that its client knows."""
+    try:
+        yield
+    except FiresteelError as error:
+        raise type(error)(str(error).replace(str(folder), name)) from error
+
+
+def _save(
+    service: Service, model: ServedModel, operation: SaveState | SaveWeights
+) -> Awaitable[SaveStateResponse | SaveWeightsResponse]:
+    """The client fetches what is written, and puts it where it wanted it."""
+    account = model.place.account
+    transfer_id = service.transfers.new(account)
+    path = str(service.transfers.place(account, transfer_id))
+    saving = service.submit(model, replace(operation, path=path))
+
+    async def saved() -> SaveStateResponse | SaveWeightsResponse:
+        answer: SaveStateResponse | SaveWeightsResponse = await saving
+        return replace(answer, path=f"{PREFIX}{transfer_id}")
+
+    return saved()
+
+
+def _load(service: Service, model: ServedModel, operation: LoadState) -> Awaitable[LoadStateResponse]:
+    """From what the client has sent before."""
+    account, transfer_id = model.place.account, operation.path.removeprefix(PREFIX)
+    folder = service.transfers.place(account, transfer_id)
+    loading = service.submit(model, replace(operation, path=str(folder)))
+
+    async def loaded() -> LoadStateResponse:
+        with _named(folder, operation.path):
+            try:
+                answer: LoadStateResponse = await loading
+            finally:
+                service.transfers.end(account, transfer_id)
+        return replace(answer, path=operation.path)
+
+    return loaded()
+
+
+# Folders on their way
+
+
+@router.post("/transfers")
+async def new_transfer(place: Here, service: Served) -> dict[str, str]:
+    """Room for a folder that a client sends."""
+    return {"transfer_id": service.transfers.new(place.account)}
+
+
+@router.put("/transfers/{transfer_id}/{name}")
+async def send_file(
+    transfer_id: str, name: str, request: Request, place: Here, service: Served
+) -> dict[str, Any]:
+    """One file of it."""
+    return asdict(await service.transfers.receive(place.account, transfer_id, name, request.stream()))
+
+
+@router.get("/transfers/{transfer_id}")
+async def list_files(transfer_id: str, place: Here, service: Served) -> dict[str, Any]:
+    """What there is to fetch, with the hashes to compare it by."""
+    files = await run_in_threadpool(service.transfers.files, place.account, transfer_id)
+    return {"files": [asdict(file) for file in files]}
+
+
+@router.get("/transfers/{transfer_id}/{name}")
+async def fetch_file(transfer_id: str, name: str, place: Here, service: Served) -> FileResponse:
+    """One file."""
+    return FileResponse(service.transfers.file(place.account, transfer_id, name))
+
+
+@router.delete("/transfers/{transfer_id}")
+async def end_transfer(transfer_id: str, place: Here, service: Served) -> dict[str, str]:
+    """It has been fetched."""
+    await run_in_threadpool(service.transfers.end, place.account, transfer_id)
+    return {"status": "ok"}

@@ -1,0 +1,365 @@
+"""What a server does for its clients, whichever wire they speak: sessions and models over one engine.
+
+Runs in one event loop; the engine has its own thread. Every operation goes through `Service.run`, under the lane of
+its session: the engine takes turns between sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firesteel.catalog import load_catalog
+from firesteel.engine.engine import Engine
+from firesteel.sdk.errors import FiresteelError, OperationError
+from firesteel.sdk.operations import (
+    CreateBaseReference,
+    CreateModel,
+    Examine,
+    Forward,
+    ForwardBackward,
+    LoadState,
+    ModelDescription,
+    Operation,
+    OptimStep,
+    Refused,
+    ReleaseForward,
+    ResolveShape,
+    SaveState,
+    SaveWeights,
+    UnloadModel,
+    operation_name,
+)
+from firesteel.sdk.service_client import REFERENCE_MODES, policy_mode
+from firesteel.sdk.shapes import TrainingShape
+from firesteel.sdk.types import Datum, LoraConfig
+from firesteel.sdk.validation import check_data, check_lora
+from firesteel.service.answers import Answers
+from firesteel.service.checkpoints import Checkpoints, Kind, tinker_path
+from firesteel.service.jobs import Jobs
+from firesteel.service.metrics import Metrics
+from firesteel.service.models import Models
+from firesteel.service.records import Checkpoint, PromotedModel, Records
+from firesteel.service.sessions import Place, ServedModel, Session, Sessions
+from firesteel.service.transfers import Transfers
+
+logger = logging.getLogger("firesteel.service")
+
+DataOperation = Forward | ForwardBackward | Examine
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes from its clients; seconds and bytes."""
+
+    body_bytes: int = 64 * 2**20
+    transfer_bytes: int = 64 * 2**30
+    """Of one file of a state or an adapter that is sent to be loaded."""
+    datums: int = 4096
+    models: int = 64
+    gap_seconds: float = 60.0
+    """How long an operation waits for an earlier number of its model."""
+    session_seconds: float = 300.0
+    """How long a session lives without a call or a heartbeat."""
+    retained_seconds: float = 600.0
+    """How long a forward waits for its backward."""
+    poll_seconds: float = 20.0
+    """How long a request for an answer is held; clients give up after 45 s."""
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model that a session asks for."""
+
+    base_model: str
+    lora: LoraConfig | None
+    trainable: bool
+    metadata: Mapping[str, Any]
+
+
+class Service:
+    """One engine, and all who use it."""
+
+    def __init__(
+        self,
+        home: Path,
+        records: Records,
+        base_models: Sequence[str] = (),
+        limits: Limits | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        """With `base_models`, models are made of those (and of promoted ones) only. Without an engine it makes one."""
+        self.limits = limits or Limits()
+        self.records = records
+        self.engine = engine or Engine()
+        self.sessions = Sessions()
+        self.answers = Answers()
+        self.metrics = Metrics(self)
+        self.checkpoints = Checkpoints(home, records)
+        self.transfers = Transfers(home / "transfers", self.limits.transfer_bytes)
+        self.jobs = Jobs(records, self)
+        self.models = Models(home / "models", records, base_models)
+
+    async def run(self, operation: Operation, lane: str) -> Any:
+        """The result of one operation; raises its error. Refusals at the door are raised before anything waits."""
+        return await self._timed(operation, self.engine.submit(operation, lane))
+
+    def submit(self, model: ServedModel, operation: Operation) -> Awaitable[Any]:
+        """Queue an operation of a model; what cannot run is refused here, at once."""
+        self.check(model, operation)
+        if isinstance(operation, Forward) and (operation.retain or operation.offer):
+            model.retained[operation.seq_id] = time.monotonic()
+        if isinstance(operation, OptimStep | LoadState):
+            model.retained.clear()
+        future = self.engine.submit(operation, model.session_id)
+        return self._timed(operation, future)
+
+    async def _timed(self, operation: Operation, future: Future[Any]) -> Any:
+        with self.metrics.operation(operation):
+            return await asyncio.wrap_future(future)
+
+    def check(self, model: ServedModel, operation: Operation) -> None:
+        """Refuse what can be seen to be wrong before it waits for its turn."""
+        if not isinstance(operation, DataOperation):
+            return
+        loss_fn = "cross_entropy" if isinstance(operation, Examine) else operation.loss_fn
+        settings = None if isinstance(operation, Examine) else operation.loss_fn_config
+        self.check_count(len(operation.data))
+        check_data(operation.data, loss_fn, settings, operation.weighted_only)
+        if not model.description.trainable and not isinstance(operation, Forward):
+            raise OperationError(
+                f"{operation_name(operation)}: this model is a frozen reference; it only runs forward"
+            )
+        _check_lengths(operation.data, model.description)
+
+    def check_count(self, datums: int) -> None:
+        """Refuse a call of too many data."""
+        if datums > self.limits.datums:
+            raise OperationError(
+                f"data: {datums} in one request; this server takes {self.limits.datums}, send several"
+            )
+
+    async def create_model(self, session: Session, request: ModelRequest) -> ServedModel:
+        """Load a model for a session."""
+        shape = await self._shape_for(session, request)
+        source = self.models.source(request.base_model, session.place.account)
+        operation = CreateModel(source, shape, request.lora, request.trainable)
+        return await self.host(session, operation, request)
+
+    async def host(
+        self, session: Session, operation: CreateModel | CreateBaseReference, request: ModelRequest
+    ) -> ServedModel:
+        """Have the engine make a model, and give it to the session."""
+        self._refuse_too_many()
+        model_id = f"{session.session_id}:train:{session.numbers}"
+        session.numbers += 1
+        description = await self.run(replace(operation, model_id=model_id), session.session_id)
+        described = replace(description, base_model=request.base_model)
+        model = ServedModel(
+            described, session.place, session.session_id, request.lora, metadata=request.metadata
+        )
+        session.models[model_id] = model
+        return model
+
+    def _refuse_too_many(self) -> None:
+        held = sum(len(session.models) for session in self.sessions.all())
+        if held >= self.limits.models:
+            raise OperationError(
+                f"create_model: this server holds {held} models and is set to hold {self.limits.models}; unload "
+                "some, or start it with a larger --max-models"
+            )
+
+    async def _shape_for(self, session: Session, request: ModelRequest) -> TrainingShape:
+        job = self.jobs.find(session.place) if session.place.job_id else None
+        rank = request.lora.rank if request.lora else 0
+        if job is not None:
+            self.jobs.refuse_other_model(job, request.base_model, rank, request.trainable)
+        modes = (policy_mode(rank),) if request.trainable else REFERENCE_MODES
+        # A frozen base on a job for adapters runs where the adapters run, on the same weights.
+        named = job.shape if job is not None and (request.trainable or job.forward_only) else None
+        source = self.models.source(request.base_model, session.place.account)
+        context = job.max_context_length if job is not None else None
+        shape: TrainingShape = await self.run(ResolveShape(source, modes, named, None), session.session_id)
+        return shape if context is None else replace(shape, max_context_length=context)
+
+    def refuse_model(self, request: ModelRequest, account: str) -> None:
+        """Raise, before anything is loaded, for a model or an adapter that cannot be made."""
+        load_catalog().resolve_model(self.models.source(request.base_model, account))
+        if request.lora is not None:
+            check_lora(request.lora)
+        self._refuse_too_many()
+
+    async def unload(self, model: ServedModel) -> None:
+        """Free a model."""
+        session = self.sessions.find(model.session_id, model.place)
+        session.models.pop(model.model_id, None)
+        await self.run(UnloadModel(model.model_id), model.session_id)
+
+    async def end_session(self, session: Session) -> None:
+        """Unload what a session has, and forget it."""
+        self.sessions.end(session)
+        for model in list(session.models.values()):
+            try:
+                await self.run(UnloadModel(model.model_id), session.session_id)
+            except FiresteelError as error:
+                logger.warning("%s could not be unloaded: %s", model.model_id, error)
+
+    def refuse(self, model: ServedModel, seq_id: int, error: FiresteelError) -> None:
+        """Use up the number of a request that was refused: its client counts on from it."""
+        with suppress(OperationError):  # the number may be that of a request that was accepted
+            self.engine.submit(Refused(model.model_id, seq_id, str(error)), model.session_id)
+
+    def save_state(
+        self, model: ServedModel, seq_id: int, name: str, notes: Mapping[str, Any]
+    ) -> Awaitable[str]:
+        """Write a named checkpoint to go on from; gives how its client names it."""
+        folder = self.checkpoints.new_folder(model, name, "training")
+        saved = self.submit(model, SaveState(model.model_id, seq_id, str(folder), notes))
+        return self._listed(saved, model, "training", folder)
+
+    def save_for_sampler(
+        self, model: ServedModel, seq_id: int, name: str, merged: bool = False
+    ) -> Awaitable[str]:
+        """Write a named export; gives how its client names it."""
+        folder = self.checkpoints.new_folder(model, name, "sampler")
+        saved = self.submit(model, SaveWeights(model.model_id, seq_id, str(folder), merged))
+        return self._listed(saved, replace(model, lora=None) if merged else model, "sampler", folder)
+
+    async def _listed(self, saved: Awaitable[Any], model: ServedModel, kind: Kind, folder: Path) -> str:
+        """What is listed is whole: after its folder is there."""
+        await saved
+        self.checkpoints.add(model, folder.name, kind, folder)
+        return folder.name if model.place.job_id is not None else tinker_path(model, kind, folder.name)
+
+    def load_state(self, model: ServedModel, seq_id: int, path: str, optimizer: bool) -> Awaitable[Any]:
+        """Go on from a named checkpoint; of an adapter's export, or a promoted adapter, the weights only."""
+        folder = self.models.adapter(path, model.place.account)
+        weights_only = folder is not None
+        if folder is None:
+            checkpoint = self.checkpoints.resolve(path, model.place, model.model_id)
+            folder, weights_only = Path(checkpoint.folder), checkpoint.kind == "sampler"
+            if weights_only and checkpoint.lora is None:
+                raise OperationError(
+                    f"path: {path!r} is an export of a whole model; load a checkpoint of save_weights (save_state)"
+                )
+        if weights_only and optimizer:
+            raise OperationError(f"path: {path!r} is an adapter without an optimizer; load its weights only")
+        return self.submit(model, LoadState(model.model_id, seq_id, str(folder), optimizer))
+
+    async def snapshot(self, model: ServedModel, seq_id: int) -> str:
+        """A sampler of the weights as they are at this number; its export is kept only until it is loaded."""
+        session = self.sessions.find(model.session_id, model.place)
+        transfer = self.transfers.new(model.place.account)
+        folder = self.transfers.place(model.place.account, transfer)
+        await self.submit(model, SaveWeights(model.model_id, seq_id, str(folder)))
+        sampler_id = f"{session.session_id}:sample:turn-{model.model_id.rpartition(':')[2]}-{seq_id}"
+        whole = model.lora is None
+        source = (
+            str(folder) if whole else self.models.source(model.description.base_model, model.place.account)
+        )
+        start = None if whole else str(folder)
+        operation = CreateModel(source, model.description.shape, model.lora, trainable=False, start=start)
+        request = ModelRequest(model.description.base_model, model.lora, False, {})
+        session.samplers[sampler_id] = (await self.host(session, operation, request)).model_id
+        self.transfers.end(model.place.account, transfer)
+        return sampler_id
+
+    def sampler(self, sampler_id: str, place: Place) -> ServedModel:
+        """The model that a sampler reads. Raises as `Sessions.find`."""
+        session = self.sessions.find(sampler_id.partition(":")[0], place)
+        if sampler_id not in session.samplers:
+            raise OperationError(f"sampling_session_id: there is no sampler {sampler_id!r}")
+        return self.sessions.model(session.samplers[sampler_id], place)
+
+    async def sampler_from(
+        self, session: Session, checkpoint_path: str | None, base_model: str | None
+    ) -> str:
+        """A frozen model for sampling: of a checkpoint, or a base. Returns its id in the engine."""
+        if checkpoint_path is None:
+            if base_model is None:
+                raise OperationError("create_sampling_session: model_path or base_model must be given")
+            request = ModelRequest(base_model, None, False, {})
+            return (await self.create_model(session, request)).model_id
+        checkpoint = self.checkpoints.resolve(checkpoint_path, session.place)
+        lora = LoraConfig(**checkpoint.lora) if checkpoint.lora is not None else None
+        request = ModelRequest(checkpoint.base_model, lora, False, {})
+        modes = (policy_mode(lora.rank),) if lora else REFERENCE_MODES
+        whole = lora is None and checkpoint.kind == "sampler"
+        source = (
+            checkpoint.folder if whole else self.models.source(checkpoint.base_model, session.place.account)
+        )
+        shape = await self.run(ResolveShape(source, modes), session.session_id)
+        start = None if whole else checkpoint.folder
+        operation = CreateModel(source, shape, lora, trainable=False, start=start)
+        return (await self.host(session, operation, request)).model_id
+
+    async def promote(self, checkpoint: Checkpoint, model_id: str) -> PromotedModel:
+        """Make a model of an export. An adapter also becomes a whole model, so that later jobs can name it."""
+        known = self.models.check(checkpoint, model_id)
+        if known is not None:
+            return known
+        whole = Path(checkpoint.folder)
+        if checkpoint.lora is not None:
+            whole = await self._merged(checkpoint)
+        try:
+            return await asyncio.to_thread(self.models.promote, checkpoint, model_id, whole)
+        finally:
+            if checkpoint.lora is not None:
+                shutil.rmtree(whole, ignore_errors=True)
+
+    async def _merged(self, checkpoint: Checkpoint) -> Path:
+        """A whole model of an adapter's export, in a folder that its caller deletes."""
+        assert checkpoint.lora is not None
+        lora = LoraConfig(**checkpoint.lora)
+        lane = f"promote {checkpoint.name}"
+        source = self.models.source(checkpoint.base_model, checkpoint.account)
+        shape = await self.run(ResolveShape(source, (policy_mode(lora.rank),)), lane)
+        made = await self.run(CreateModel(source, shape, lora, start=checkpoint.folder), lane)
+        folder = self.models.scratch()
+        try:
+            await self.run(SaveWeights(made.model_id, 1, str(folder), merged=True), lane)
+        finally:
+            await self.run(UnloadModel(made.model_id), lane)
+        return folder
+
+    async def tend(self) -> None:
+        """What has to happen from time to time: once a second."""
+        self.engine.give_up_gaps(self.limits.gap_seconds)
+        self.answers.sweep()
+        for session in self.sessions.silent(self.limits.session_seconds):
+            logger.info("session %s has not been heard of and is ended", session.session_id)
+            await self.end_session(session)
+        limit = time.monotonic() - self.limits.retained_seconds
+        for session in self.sessions.all():
+            for model in session.models.values():
+                for seq_id in [seq_id for seq_id, sent in model.retained.items() if sent < limit]:
+                    del model.retained[seq_id]
+                    await self.run(ReleaseForward(model.model_id, seq_id), session.session_id)
+        await self.jobs.tend()
+
+    async def close(self) -> None:
+        """Let the running operation end, finish writing, and free everything."""
+        await asyncio.to_thread(self.engine.close)
+        self.records.close()
+
+
+def model_name(account: str, model_id: str) -> str:
+    """A promoted model as a resource."""
+    return f"accounts/{account}/models/{model_id}"
+
+
+def _check_lengths(data: Sequence[Datum], description: ModelDescription) -> None:
+    for index, datum in enumerate(data):
+        if datum.model_input.length + 1 > description.max_context_length:
+            raise OperationError(
+                f"data[{index}]: {datum.model_input.length} input tokens and their last target exceed the "
+                f"{description.max_context_length} tokens of {description.base_model} on this shape"
+            )

@@ -1,0 +1,127 @@
+"""Who is connected, and which models in the engine are whose. In memory: with the process, all of it ends.
+
+Everything here runs in the server's event loop, so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from firesteel.sdk.errors import AuthError, TrainerLost
+from firesteel.sdk.operations import ModelDescription
+from firesteel.sdk.types import LoraConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request goes: an account, and the trainer job whose root it used, if it used one."""
+
+    account: str
+    job_id: str | None = None
+
+    def owner_of(self, model_id: str) -> str:
+        """Whose checkpoints a model's are: its job's, or its own where there is no job."""
+        return f"jobs/{self.job_id}" if self.job_id is not None else f"models/{model_id}"
+
+
+@dataclass
+class ServedModel:
+    """A model of a session."""
+
+    description: ModelDescription
+    place: Place
+    session_id: str
+    lora: LoraConfig | None
+    retained: dict[int, float] = field(default_factory=dict)
+    """When each forward that waits for its backward was sent, by `seq_id`."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_id(self) -> str:
+        """Its name, here and in the engine."""
+        return self.description.model_id
+
+    @property
+    def owner(self) -> str:
+        """Whose checkpoints its are."""
+        return self.place.owner_of(self.model_id)
+
+
+@dataclass
+class Session:
+    """One client, alive as long as it calls or sends heartbeats."""
+
+    session_id: str
+    place: Place
+    models: dict[str, ServedModel] = field(default_factory=dict)
+    samplers: dict[str, str] = field(default_factory=dict)
+    """The model that each sampling session reads."""
+    seen: float = field(default_factory=time.monotonic)
+    numbers: int = 0
+    """How many models it has made."""
+
+
+class Sessions:
+    """All sessions of this process."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def create(self, place: Place) -> Session:
+        """A new session. Names never begin with `ts-` or `run-`: Fireworks clients read more into those."""
+        session = Session(f"session-{secrets.token_hex(8)}", place)
+        self._sessions[session.session_id] = session
+        return session
+
+    def find(self, session_id: str, place: Place) -> Session:
+        """A session of this place, kept alive by that. Raises `TrainerLost`, or `AuthError` for another's."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise TrainerLost(
+                f"there is no session {session_id!r} here: it expired, or the server was started anew"
+            )
+        _refuse_other(session.place, place, f"session {session_id!r}")
+        session.seen = time.monotonic()
+        return session
+
+    def model(self, model_id: str, place: Place) -> ServedModel:
+        """A model of this place; errors as of `find`."""
+        session = self._sessions.get(model_id.partition(":")[0])
+        if session is None or model_id not in session.models:
+            raise TrainerLost(
+                f"there is no model {model_id!r} here: it was unloaded, its session expired, or the server was started "
+                "anew; create it again and load a checkpoint"
+            )
+        model = session.models[model_id]
+        _refuse_other(model.place, place, f"model {model_id!r}")
+        session.seen = time.monotonic()
+        return model
+
+    def all(self) -> list[Session]:
+        """Every session, oldest first."""
+        return list(self._sessions.values())
+
+    def of(self, place: Place) -> list[Session]:
+        """The sessions of one place."""
+        return [session for session in self._sessions.values() if session.place == place]
+
+    def silent(self, seconds: float) -> list[Session]:
+        """Those that have not been heard of for longer."""
+        limit = time.monotonic() - seconds
+        return [session for session in self._sessions.values() if session.seen < limit]
+
+    def end(self, session: Session) -> None:
+        """Forget a session; its models are the caller's to unload."""
+        self._sessions.pop(session.session_id, None)
+
+
+def _refuse_other(owner: Place, asking: Place, what: str) -> None:
+    if owner.account != asking.account:
+        raise AuthError(f"{what} belongs to another account")
+    if owner != asking:
+        at = f"trainer job {owner.job_id!r}" if owner.job_id else "the plain root"
+        raise AuthError(f"{what} belongs to {at}, and was asked for elsewhere")
