@@ -18,6 +18,7 @@
     ├── OperationFailed          an operation failed for a reason that is not the caller's; category "server"
     ├── TransportError           a server that cannot be reached, or does not answer in time
     ├── TrainerLost              a session or model that the server no longer has
+    ├── TrainerRewound           such a model was made again, and is where its newest checkpoint left it
     └── ClosedError              the client, trainer or engine was closed while the operation waited
 
 Each also inherits the standard class it specialises. `code` is stable and printed by the command line;
@@ -143,3 +144,23 @@ class TrainerLost(FiresteelError, RuntimeError):
     """The server no longer has this session or model: it was started anew, or the session expired."""
 
     code = "trainer.lost"
+
+
+class TrainerRewound(FiresteelError, RuntimeError):
+    """A trainer that lost its state is back at an earlier step: what was done since has to be done again.
+
+    Whoever catches it goes back to where the loop was after `step`, the number of steps in that checkpoint.
+    """
+
+    code = "trainer.rewound"
+
+    def __init__(self, step: int, checkpoint: str) -> None:
+        super().__init__(step, checkpoint)
+        self.step = step
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        return (
+            f"the trainer had lost its state and is back where it was after step {self.step} ({self.checkpoint}); "
+            "go on from there"
+        )

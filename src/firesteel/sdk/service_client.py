@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -69,6 +69,8 @@ class ServiceClient:
         self._policies: list[TrainingClient] = []
         self._adapters: dict[str, LoraConfig | None] = {}
         """Of each policy, by its model's id."""
+        self._made_by: dict[str, CreateModel] = {}
+        """What each policy was asked for with, by its model's id."""
         self._references: list[tuple[ReferenceStrategy, TrainingClient]] = []
         self._closed = False
 
@@ -100,11 +102,22 @@ class ServiceClient:
         model = self._agreed("base_model", base_model, self.provisioning.base_model)
         shape = self._policy_shape(model, rank or 0)
         budget = self.provisioning.activation_token_budget or activation_token_budget
-        client = self._create(
-            CreateModel(model, shape, config if rank else None, activation_token_budget=budget, start=start)
+        operation = CreateModel(
+            model, shape, config if rank else None, activation_token_budget=budget, start=start
         )
+        client = self._create(operation)
         self._policies.append(client)
         self._adapters[client.model_id] = config if rank else None
+        self._made_by[client.model_id] = operation
+        return client
+
+    def recreate_training_client(self, lost: TrainingClient) -> TrainingClient:
+        """The same policy again as it was made, in place of one that its trainer has lost."""
+        operation = self._made_by.pop(lost.model_id)
+        client = self._create(replace(operation, start=None))
+        self._policies[self._policies.index(lost)] = client
+        self._adapters[client.model_id] = self._adapters.pop(lost.model_id)
+        self._made_by[client.model_id] = operation
         return client
 
     def create_reference_client(

@@ -109,9 +109,11 @@ def decode_result(operation: Operation, message: bytes) -> Any:
 def error_of(code: str, text: str, otherwise: type[FiresteelError] = OperationFailed) -> FiresteelError:
     """The error of this code; one that needs more than a text to be made comes as its parent."""
     kind = _ERRORS.get(code, otherwise)
-    if kind is errors.RowError:
-        kind = errors.DataError
-    return kind(text)
+    special: dict[type[FiresteelError], type[FiresteelError]] = {
+        errors.RowError: errors.DataError,
+        errors.TrainerRewound: errors.TrainerLost,
+    }
+    return special.get(kind, kind)(text)
 
 
 @functools.cache
@@ -243,9 +245,15 @@ def _decode_dataclass(kind: Any, raw: Any, arrays: memoryview, where: str) -> An
 
 
 def _array(raw: Any, arrays: memoryview, where: str, dtype: Any = None) -> np.ndarray[Any, Any]:
+    """An array of the kind of `dtype`, as wide as it was sent: fp64 models answer in fp64."""
     try:
         name, shape, place = raw["@"]
-        _expect(name in _DTYPES and (dtype is None or np.dtype(dtype) == name), name, where, "another dtype")
+        _expect(
+            name in _DTYPES and (dtype is None or np.dtype(dtype).kind == np.dtype(name).kind),
+            name,
+            where,
+            "another dtype",
+        )
         _expect(all(type(n) is int and n >= 0 for n in (*shape, place)), raw, where, "an array")
         count = int(np.prod(shape, dtype=object)) if shape else 1
         size = count * np.dtype(name).itemsize

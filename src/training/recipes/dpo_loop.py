@@ -15,14 +15,21 @@ Not here: other losses, ranked lists.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from firesteel.sdk import AdamParams, CheckpointError, NonFiniteError, ServiceClient
+from firesteel.sdk import (
+    AdamParams,
+    CheckpointError,
+    NonFiniteError,
+    ServiceClient,
+    TrainerLost,
+    TrainerRewound,
+)
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
 from training.utils.config import TrainerConfig, WandBConfig
@@ -38,6 +45,7 @@ from training.utils.rendering import Renderer
 from training.utils.resume import (
     Finished,
     GoOn,
+    Losses,
     Start,
     Wanted,
     find_start,
@@ -199,7 +207,22 @@ class RunSummary:
 
 
 def main(config: Config) -> RunSummary:
-    """Train and export. Raises `UserError` for what the user can mend, before any model work where possible."""
+    """Train and export. Raises `UserError` for what the user can mend, before any model work where possible.
+
+    A trainer behind HTTP that lost its state makes the run go back to its newest checkpoint.
+    """
+    losses = Losses(config.log_path, "dpo")
+    while True:
+        try:
+            return run_once(config, losses.begun)
+        except (TrainerLost, TrainerRewound) as lost:
+            losses.go_back(lost)
+            # By the code of resume: what is held in memory is ahead of the checkpoint.
+            config = config.model_copy(update={"resume": "auto"})
+
+
+def run_once(config: Config, begun: Callable[[], None]) -> RunSummary:
+    """The run from where its folder leaves it to its end. `begun` is called when that folder is this run's."""
     display = Display()
     day = first_day(config.log_path, config.resume)
     renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
@@ -232,6 +255,7 @@ def main(config: Config) -> RunSummary:
         # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
         for line in begin(folder, start, config):
             display.say(line)
+        begun()
         metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
@@ -362,7 +386,7 @@ def load(run: Run, service: ServiceClient) -> Trainers:
         activation_token_budget=going_on.notes.activation_token_budget if going_on else None,
         start=start,
     )
-    policy = ReconnectableClient.from_training_client(client)
+    policy = ReconnectableClient.from_training_client(client, service=service)
     if going_on:
         load_checkpoint(run, going_on, policy)
     elif config.init_optimizer:
@@ -380,7 +404,7 @@ def load(run: Run, service: ServiceClient) -> Trainers:
 
 def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
     """Bring the policy to where the checkpoint left it."""
-    loaded = policy.load_state_with_optimizer(str(start.checkpoint))
+    loaded = policy.load_state_with_optimizer(str(start.checkpoint), start.position.step)
     if loaded.differences:
         run.display.say(f"not bit-equal to a run without a break: {'; '.join(loaded.differences)}")
 

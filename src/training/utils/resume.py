@@ -6,13 +6,14 @@ where neither is right it refuses and names the flag for each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from firesteel.sdk import CheckpointError
+from firesteel.sdk import CheckpointError, TrainerLost, TrainerRewound
 from firesteel.sealed import damage, read_json, storage_errors
 from training.utils.checkpoints import (
     NOTES,
@@ -26,6 +27,8 @@ from training.utils.checkpoints import (
     write_listing,
 )
 from training.utils.run_folder import CHECKPOINTS, LISTING, RESULTS, RunFolder
+
+logger = logging.getLogger("firesteel")
 
 HELDOUT, DAY = "eval_dataset content", "day"
 FRESH = "start anew with --fresh (resume: never): what is there moves to previous-<n>/, nothing is deleted"
@@ -98,6 +101,43 @@ def find_start(folder: RunFolder, resume: str, wanted: Wanted) -> Start | GoOn |
         )
     same = notes.identity.data.get(HELDOUT) == wanted.identity.data.get(HELDOUT)
     return GoOn(folder.path / chosen.path, notes, tuple(_changes(notes, wanted)), same)
+
+
+class Losses:
+    """How often a run has lost its trainer, and whether it may go back to its newest checkpoint once more."""
+
+    MOST_WITHOUT_PROGRESS = 5
+
+    def __init__(self, log_path: str, verb: str) -> None:
+        """`verb` is the recipe's name on the command line, for what people are told to run."""
+        self._run = Path(log_path)
+        self._command = f"firesteel {verb} {self._run / 'config.json'}"
+        self._begun = False
+        self._at = -1
+        self._count = 0
+
+    def begun(self) -> None:
+        """From now on the folder's checkpoints are those of this run."""
+        self._begun = True
+
+    def go_back(self, lost: TrainerLost | TrainerRewound) -> None:
+        """Raise `TrainerLost` where there is no checkpoint, or nothing has been won since the last losses."""
+        if not self._begun:
+            raise TrainerLost(f"{lost}. Nothing was trained yet; start the run again") from lost
+        whole = [e for e in found_in(self._run) if damage(self._run / e.path, names=(NOTES,)) is None]
+        if not whole:
+            raise TrainerLost(
+                f"{lost}. The run has no checkpoint to go back to; start it again: {self._command}"
+            ) from lost
+        newest = whole[-1].step
+        self._count = self._count + 1 if newest == self._at else 1
+        self._at = newest
+        if self._count > self.MOST_WITHOUT_PROGRESS:
+            raise TrainerLost(
+                f"{lost}. That was the {self._count}th time since the checkpoint of step {newest}: look at the "
+                f"server, then go on with: {self._command}"
+            ) from lost
+        logger.warning("%s; the run goes back to its checkpoint of step %d", lost, newest)
 
 
 def first_day(log_path: str, resume: str) -> date | None:
