@@ -23,6 +23,7 @@ logger = logging.getLogger("firesteel")
 READ_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
+SILENT_SECONDS = 2.0  # before people are told: a connection that breaks once is nobody's business
 RETRIED = (408, 429, 500, 502, 503, 504)
 _CHUNK = 2**20
 
@@ -82,29 +83,36 @@ class HTTPConnection:
 
     def ask(self, request: Request) -> Reply:
         """Send until there is an answer. Raises what the server raised, `TransportError`, or `ClosedError`."""
-        give_up = time.monotonic() + self._patience
-        wait = FIRST_WAIT
+        started, wait = time.monotonic(), FIRST_WAIT
         while True:
             if self._closing.is_set():
                 raise ClosedError(f"{request.method} {request.path}: the connection was closed")
             problem, advised = self._try(request)
             if isinstance(problem, Reply):
-                if self._told.is_set():
-                    self._told.clear()
-                    logger.warning("%s answers again", self.url)
+                self._tell_recovery()
                 return problem
-            if time.monotonic() + wait > give_up:
+            silent = time.monotonic() - started
+            if silent + wait > self._patience:
                 raise TransportError(
-                    f"{self.url} has not answered for {self._patience:g} s ({problem}); is `firesteel serve` running "
+                    f"{self.url} has not answered for {silent:.0f} s ({problem}); is `firesteel serve` running "
                     "there, and the address right?"
                 )
-            if not self._told.is_set():
-                self._told.set()
-                logger.warning(
-                    "%s does not answer (%s); asking again for %g s", self.url, problem, self._patience
-                )
+            if silent > SILENT_SECONDS:
+                self._tell_trouble(problem)
             self._closing.wait(advised if advised is not None else wait)
             wait = min(2 * wait, LONGEST_WAIT)
+
+    def _tell_trouble(self, problem: str) -> None:
+        if not self._told.is_set():
+            self._told.set()
+            logger.warning(
+                "%s does not answer (%s); asking again for %g s", self.url, problem, self._patience
+            )
+
+    def _tell_recovery(self) -> None:
+        if self._told.is_set():
+            self._told.clear()
+            logger.warning("%s answers again", self.url)
 
     def _try(self, request: Request) -> tuple[Reply | str, float | None]:
         """The reply, or why there is none yet and how long the server wants to be left alone."""

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from firesteel.sdk.errors import AuthError, OperationError, TrainerLost
@@ -50,8 +50,14 @@ class Answer:
     request_id: str
     asked: Asked
     future: asyncio.Future[Any]
+    finished: float | None = None
     delivered: float | None = None
-    created: float = field(default_factory=time.monotonic)
+
+    def finish(self, done: asyncio.Future[Any]) -> None:
+        """Note the time at which it is there."""
+        self.finished = time.monotonic()
+        # Looked at here, so that nothing complains about an error that its client never asks for.
+        _ = done.cancelled() or done.exception()
 
     @property
     def bytes(self) -> int:
@@ -88,9 +94,8 @@ class Answers:
                 )
             return known
         future = asyncio.ensure_future(start())
-        # Looked at here, so that nothing complains about an error that its client never asks for.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
         answer = Answer(f"request-{secrets.token_hex(8)}", asked, future)
+        future.add_done_callback(answer.finish)
         self._answers[answer.request_id] = answer
         self._keys[asked.key] = answer.request_id
         return answer
@@ -119,20 +124,24 @@ class Answers:
             answer.delivered = time.monotonic()
         return answer.future.done()
 
+    async def settle(self) -> None:
+        """Wait for what is left of all that is under way."""
+        await asyncio.gather(*(answer.future for answer in self._answers.values()), return_exceptions=True)
+
     def sweep(self) -> None:
         """Forget what has been delivered for a while, or is more than memory is for, and what nobody came for."""
         now = time.monotonic()
         kept_bytes = 0
         gone = set()
         for answer in reversed(self._answers.values()):
-            if not answer.future.done():
+            if answer.finished is None:
                 continue
             kept_bytes += answer.bytes
             delivered = answer.delivered is not None
             if (
                 delivered
                 and (now - (answer.delivered or 0) > DELIVERED_SECONDS or kept_bytes > DELIVERED_BYTES)
-            ) or now - answer.created > FORGOTTEN_SECONDS:
+            ) or now - answer.finished > FORGOTTEN_SECONDS:
                 gone.add(answer.request_id)
         for request_id in gone:
             del self._answers[request_id]

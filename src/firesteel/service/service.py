@@ -348,7 +348,9 @@ class Service:
     async def close(self) -> None:
         """Let the running operation end, finish writing, and free everything."""
         await asyncio.to_thread(self.engine.close)
+        await self.answers.settle()  # a checkpoint that has just become whole is still to be listed
         self.records.close()
+        logger.info("ended: what was running is done, what was being saved is saved")
 
 
 def model_name(account: str, model_id: str) -> str:

@@ -91,8 +91,9 @@ class Transfers:
         return path
 
     def end(self, account: str, transfer_id: str) -> None:
-        """Delete it."""
-        self.place(account, transfer_id)
+        """Delete it; one that is gone already is gone."""
+        if not _ID.fullmatch(transfer_id):
+            raise OperationError(f"{transfer_id!r} is not the id of a transfer")
         shutil.rmtree(self._path(account, transfer_id), ignore_errors=True)
 
     def sweep(self) -> None:

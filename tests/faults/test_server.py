@@ -1,0 +1,142 @@
+"""A run against a server, between which the network fails, and which is killed: each step once, and the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_record import TRIES, Record
+from processes import finish, start, steps_of
+from proxy import FAULTS, Fault, spoiling
+from runs import config, outcome
+
+from firesteel.sdk import http_connection
+from firesteel.sdk.operations import OptimStep
+from training.recipes.dpo_loop import main
+from transports import RecordingEngine, service_in, serving
+
+pytestmark = pytest.mark.slow
+
+SERVE = [str(Path(sys.executable).with_name("firesteel")), "serve", "--no-auth", "--base-model", "tiny-llama"]
+SETTINGS: dict[str, Any] = {"dcp_save_interval": 2, "eval_fraction": 0.25, "eval_interval": 4}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_network_that_spoils_every_request_once_changes_nothing(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(f"network: {fault}, every request of a run once")
+    whole, spoiled = (config(tmp_path / name, 12, **SETTINGS) for name in ("whole", "spoiled"))
+    main(whole)
+    monkeypatch.setattr(http_connection, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))  # the reference is asked, too
+    engine = RecordingEngine()
+    record.tried()
+    with (
+        service_in(tmp_path / "service", "tiny-llama", engine=engine) as service,
+        serving(service) as server,
+        spoiling(server.url, fault) as proxy,
+    ):
+        monkeypatch.setenv("FIRESTEEL_BASE_URL", proxy.url)
+        monkeypatch.setenv("FIRESTEEL_API_KEY", server.key)
+        main(spoiled)
+        assert proxy.spoiled > 40
+    assert outcome(spoiled) == outcome(whole)
+    steps = [operation.seq_id for operation in engine.log if isinstance(operation, OptimStep)]
+    assert len(steps) == len(set(steps)) == steps_of(Path(whole.log_path))
+    record.survived()
+
+
+@contextmanager
+def served(home: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A server process that answers."""
+    process = subprocess.Popen(
+        [*SERVE, "--port", str(port), "--home", str(home)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=(home.parent / "serve.log").open("a"),
+        text=True,
+    )
+    try:
+        give_up = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < give_up, "the server does not answer"
+                time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
+def test_a_run_whose_server_is_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chance: random.Random, rank: int
+) -> None:
+    record = Record(f"server, SIGKILL at any moment of a run, {'LoRA' if rank else 'full-parameter'}")
+    # Long enough for every kill: each costs at most the steps of an interval.
+    settings = {"epochs": 2 + TRIES, "lora_rank": rank, **SETTINGS}
+    whole, disturbed = (config(tmp_path / name, 32, **settings) for name in ("whole", "disturbed"))
+    assert finish(start(whole))[0] == 0
+    port, run = free_port(), Path(disturbed.log_path)
+    monkeypatch.setenv("FIRESTEEL_BASE_URL", f"http://127.0.0.1:{port}")
+    client = start(disturbed)
+    for _ in range(TRIES):
+        with served(tmp_path / "served", port) as server:
+            record.tried()
+            # Some are hit while the run comes back to them, most in the middle of its steps.
+            until = steps_of(run) + chance.randint(-2, 5)
+            limit = time.monotonic() + chance.uniform(4, 12)
+            while steps_of(run) < until and time.monotonic() < limit and client.poll() is None:
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.1))
+            assert client.poll() is None, finish(client)[1]
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+        record.survived()
+    with served(tmp_path / "served", port):
+        status, said = finish(client)
+    assert status == 0, said
+    assert re.search(r"the run goes back to its checkpoint of step \d+", said), said
+    assert outcome(disturbed) == outcome(whole)
+
+
+def test_a_server_that_is_told_to_end_finishes_the_operation_and_the_save_that_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("FIRESTEEL_BASE_URL", f"http://127.0.0.1:{port}")
+    whole, disturbed = (config(tmp_path / name, 32, **SETTINGS) for name in ("whole", "disturbed"))
+    with served(tmp_path / "served", port) as server:
+        client = start(disturbed)
+        while steps_of(Path(disturbed.log_path)) < 5:
+            assert client.poll() is None, finish(client)[1]
+            time.sleep(0.01)
+        server.terminate()
+        assert server.wait(40) == -signal.SIGTERM  # it ends as it was told to
+    assert "ended: what was running is done" in (tmp_path / "serve.log").read_text()
+    with served(tmp_path / "served", port):
+        status, said = finish(client)
+        assert status == 0, said
+        assert finish(start(whole))[0] == 0
+    assert outcome(disturbed) == outcome(whole)
