@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from firesteel.sdk.transport import Transport
 from firesteel.service import keys
 from firesteel.service.app import build_app
 from firesteel.service.records import Records
+from firesteel.service.server import listen
 from firesteel.service.service import Limits, Service
 
 EMBEDDED, IN_PROCESS, SOCKET = WAYS = ("embedded", "HTTP in process", "HTTP over a socket")
@@ -97,7 +97,7 @@ def service_in(
 @contextmanager
 def serving(service: Service) -> Iterator[Server]:
     """The service behind a socket of this machine."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     app = build_app(service)
     key = keys.create(service.records, "test")[1]
     server = uvicorn.Server(

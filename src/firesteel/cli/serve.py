@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,13 +42,13 @@ def serve(
             f"--no-auth: allowed on loopback only, not on {host}; leave it out, or --host 127.0.0.1"
         )
     from firesteel.service.records import Records, default_database
-    from firesteel.service.server import Settings, run_server
+    from firesteel.service.server import Settings, listen, run_server
     from firesteel.service.service import Limits
 
     folder = home_of(home)
     limits = Limits(body_bytes=max_body_mb * 10**6, models=max_models, session_seconds=session_seconds)
     records = Records.open(database or default_database(home))
-    listening = _listen(host, port)
+    listening = listen(host, port)
     name = f"[{host}]" if ":" in host else host
     typer.echo(f"firesteel serve: http://{name}:{listening.getsockname()[1]}")
     if not no_auth:
@@ -71,18 +70,6 @@ def need_server() -> None:
     ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not installed; run `pip install 'firesteel[server]'`")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"--host {host} --port {port}: {error}; choose another, or --port 0") from error
-    return listening
 
 
 def _show_new_key(records: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -12,6 +13,9 @@ from firesteel.service.service import Service
 from firesteel.service.sessions import Place
 
 NO_AUTH_ACCOUNT = "local"
+# Where the door leaves whose key a request carries.
+ACCOUNT = "firesteel.account"
+_OPEN = ("/healthz", "/metrics", "/docs", "/openapi.json")
 
 
 class Unauthenticated(AuthError):
@@ -24,26 +28,37 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def account_of(request: Request) -> str:
-    """Whose key a request carries. Raises `Unauthenticated`."""
-    if request.app.state.no_auth:
-        return NO_AUTH_ACCOUNT
-    text = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix(
-        "Bearer "
-    )
+def authenticate(headers: Mapping[str, str], service: Service) -> str:
+    """Whose key these headers carry. Raises `Unauthenticated`."""
+    text = headers.get("x-api-key", "")
+    if not text:
+        scheme, _, rest = headers.get("authorization", "").partition(" ")
+        text = rest if scheme.lower() == "bearer" else ""
     if not text:
         raise Unauthenticated(
             "a key is needed: X-API-Key, or Authorization: Bearer (FIRESTEEL_API_KEY at our client)"
         )
-    key = keys.check(service_of(request).records, text.strip())
+    key = keys.check(service.records, text.strip())
     if key is None:
         raise Unauthenticated("this key is not known here, or was revoked; `firesteel keys create` makes one")
     return key.account
 
 
-def here(request: Request) -> Place:
+def is_open(path: str) -> bool:
+    """Whether an address may be asked without a key. What needs an account asks for one all the same."""
+    return path in _OPEN or path.endswith("/api/v1/healthz")
+
+
+async def account_of(request: Request) -> str:
+    """Whose key a request carries. Raises `Unauthenticated`."""
+    account: str | None = request.scope.get(ACCOUNT)
+    if account is None:
+        raise Unauthenticated("a key is needed here")
+    return account
+
+
+def here(request: Request, account: Annotated[str, Depends(account_of)]) -> Place:
     """The place that a request to the data plane goes to; its job, if it has one, is there and running."""
-    account = account_of(request)
     job_id = request.path_params.get("job")
     if job_id is None:
         return Place(account)

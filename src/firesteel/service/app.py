@@ -13,9 +13,13 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import firesteel
 from firesteel.sdk.errors import (
@@ -28,7 +32,8 @@ from firesteel.sdk.errors import (
     UserError,
 )
 from firesteel.service import control_plane, data_plane, operation_plane, status
-from firesteel.service.access import Unauthenticated, account_of
+from firesteel.service import requests as bodies
+from firesteel.service.access import ACCOUNT, NO_AUTH_ACCOUNT, Unauthenticated, authenticate, is_open
 from firesteel.service.jobs import JobExists, NotFound
 from firesteel.service.service import Service
 from firesteel.service.sessions import Place
@@ -39,6 +44,21 @@ ROOTS = ("/api/v1", "/training/v1/rlorTrainerJobs/{account}/{job}/api/v1")
 TEND_SECONDS = 1.0
 _RPC_STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}
 _RPC_STATUS |= {409: "ALREADY_EXISTS", 410: "NOT_FOUND", 413: "INVALID_ARGUMENT", 503: "UNAVAILABLE"}
+
+
+class ErrorBody(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+    status: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer of 400 and above."""
+
+    error: ErrorBody
+
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -52,9 +72,9 @@ def build_app(service: Service, no_auth: bool = False) -> FastAPI:
         version=firesteel.__version__,
         description="Trainers behind HTTP: Tinker's data plane, Fireworks' control plane, and Firesteel's own client.",
         lifespan=_lifespan,
+        responses={"4XX": {"model": ErrorAnswer, "description": "Refused, and why"}},
     )
     app.state.service = service
-    app.state.no_auth = no_auth
     for root in ROOTS:
         app.include_router(data_plane.router, prefix=root, tags=["data plane"])
         app.include_router(operation_plane.router, prefix=root, tags=["operations"])
@@ -63,8 +83,7 @@ def build_app(service: Service, no_auth: bool = False) -> FastAPI:
     app.add_exception_handler(FiresteelError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer_bug)
-    app.add_middleware(_Door, service=service)
+    app.add_middleware(_Door, service=service, no_auth=no_auth)
     return app
 
 
@@ -86,35 +105,45 @@ async def _tend(service: Service) -> None:
             await service.tend()
         except FiresteelError as error:
             logger.warning("%s", error)
+        except Exception:
+            # The border: what goes wrong once must not end the tending for good.
+            logger.exception("tending failed")
 
 
 class _Door:
-    """The first to see a request: its size, its id, its line in the log. Reads no body itself."""
+    """The first to see a request: its key, its size, its id, its line in the log. Reads no body itself."""
 
-    def __init__(self, app: Any, service: Service) -> None:
+    def __init__(self, app: Any, service: Service, no_auth: bool) -> None:
         self._app = app
         self._service = service
+        self._no_auth = no_auth
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.lower(): value for name, value in scope["headers"]}
         request_id = secrets.token_hex(8)
         started = time.monotonic()
         status = taken = 0
         most = self._most_bytes(scope)
+        refused: FiresteelError | None = None
 
         async def bounded() -> Message:
             # Counted as it comes: a length that lies, or none at all, does not fill the memory.
-            nonlocal taken
+            nonlocal taken, refused
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > most:
-                raise _TooLarge(
+                refused = _TooLarge(
                     f"the body has more than the {most:,} bytes that this server takes; send less at a time"
                 )
+                raise refused
             return message
+
+        async def unless_refused(message: Message) -> None:
+            # Whatever is made, inside, of a body that broke off: the answer is the reason for it.
+            if refused is None:
+                await noted(message)
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -124,25 +153,46 @@ class _Door:
             await send(message)
 
         try:
-            if headers.get(b"content-encoding", b"identity") != b"identity":
-                raise _Encoded("content-encoding: bodies are taken as they are, not compressed")
-            declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > most:
-                raise _TooLarge(
-                    f"the body has {int(declared):,} bytes; this server takes {most:,}, send less at a time"
-                )
-            await self._app(scope, bounded, noted)
+            await self._admit(scope, most)
+            await self._app(scope, bounded, unless_refused)
         except FiresteelError as error:
-            await _error_response(error)(scope, receive, noted)
+            refused = error
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            # The border: a bug of ours is one request's failure, said once, and nothing that a client repeats for
+            # minutes.
+            logger.error(json.dumps({"request": request_id}), exc_info=error)
+            refused = OperationFailed(f"{type(error).__name__}: {error}")
+        try:
+            if refused is not None and not status:
+                await _error_response(refused)(scope, receive, noted)
         finally:
-            self._service.metrics.requests.labels(scope["method"], str(status)).inc()
+            self._service.metrics.count_request(scope["method"], status)
             line = {"request": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             line["ms"] = round((time.monotonic() - started) * 1e3, 1)
             logger.info(json.dumps(line))
 
+    async def _admit(self, scope: Message, most: int) -> None:
+        """Note whose request this is. Raises for what is refused whatever the body says."""
+        headers = Headers(scope=scope)
+        if self._no_auth:
+            scope[ACCOUNT] = NO_AUTH_ACCOUNT
+        elif not is_open(scope["path"]):
+            scope[ACCOUNT] = await run_in_threadpool(authenticate, headers, self._service)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise _Encoded("content-encoding: bodies are taken as they are, not compressed")
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > most:
+            raise _TooLarge(
+                f"the body has {int(declared):,} bytes; this server takes {most:,}, send less at a time"
+            )
+
     def _most_bytes(self, scope: Message) -> int:
         limits = self._service.limits
-        return limits.transfer_bytes if "/transfers/" in scope["path"] else limits.body_bytes
+        # By the method, too: a job may be called transfers.
+        is_file = scope["method"] == "PUT" and "/api/v1/transfers/" in scope["path"]
+        return limits.transfer_bytes if is_file else limits.body_bytes
 
 
 class _TooLarge(OperationError):
@@ -188,8 +238,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes):
+        return _response(400, "operation", "the body: expected JSON, with Content-Type: application/json")
     text = "; ".join(
-        f"{'.'.join(map(str, found['loc'][1:]))}: {found['msg']}" for found in error.errors()[:5]
+        f"{'.'.join(map(str, found['loc'][1:])) or 'the body'}: {found['msg']}"
+        for found in error.errors()[:5]
     )
     _use_up_number(request, error.body, text)
     return _response(400, "operation", text)
@@ -199,9 +252,11 @@ def _use_up_number(request: Request, body: Any, reason: str) -> None:
     """A client counts on from a request that was refused."""
     if not isinstance(body, dict) or not isinstance(body.get("seq_id"), int):
         return
+    if body["seq_id"] >= bodies.MOST_SEQ_ID:
+        return  # it would count on from there
     service: Service = request.app.state.service
     try:
-        place = Place(account_of(request), request.path_params.get("job"))
+        place = Place(request.scope[ACCOUNT], request.path_params.get("job"))
         model = service.sessions.model(str(body.get("model_id")), place)
     except FiresteelError:
         return
@@ -211,10 +266,3 @@ def _use_up_number(request: Request, body: Any, reason: str) -> None:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _response(error.status_code, "http", str(error.detail), dict(error.headers or {}))
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    """The border: a bug of ours is one request's failure, said once, and nothing that a client repeats for minutes."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    failure = OperationFailed(f"{type(error).__name__}: {error}")
-    return _error_response(failure)

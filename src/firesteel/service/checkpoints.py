@@ -47,6 +47,7 @@ class Checkpoints:
     def __init__(self, home: Path, records: Records) -> None:
         self._home = home
         self._records = records
+        self._given: set[Path] = set()
 
     def new_folder(self, model: ServedModel, name: str, kind: Kind) -> Path:
         """Where a checkpoint of this model will be. Raises `CheckpointError` for a name that is none, or is taken."""
@@ -54,9 +55,14 @@ class Checkpoints:
         if self._records.checkpoint(model.place.account, model.owner, name, kind) is not None:
             raise CheckpointError(f"path: there is a {kind} checkpoint {name!r} already; choose another name")
         folder = self._folder(model.place.account, model.owner, kind, name)
-        # Written by a process that ended before it was listed: nobody has been told that it exists.
         if folder.exists():
+            if folder in self._given:
+                raise CheckpointError(
+                    f"path: a {kind} checkpoint {name!r} is being kept; choose another name"
+                )
+            # Written by a process that ended before it was listed: nobody has been told that it exists.
             shutil.rmtree(folder)
+        self._given.add(folder)
         return folder
 
     def add(self, model: ServedModel, name: str, kind: Kind, folder: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from firesteel.catalog import load_catalog
-from firesteel.sdk.errors import ConfigError, OperationError
+from firesteel.sdk.errors import ConfigError, ModelError, OperationError
 from firesteel.sdk.shapes import TrainingShape
 from firesteel.service.access import Account, Served, refuse_other_account
 from firesteel.service.jobs import IDLE_SECONDS, LONGEST_IDLE_SECONDS, JobRequest, NotFound
@@ -35,8 +35,8 @@ class TrainingConfigBody(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel)
 
     base_model: Annotated[str, Field(min_length=1, max_length=512)]
-    lora_rank: Annotated[int, Field(ge=0)] = 0
-    max_context_length: Annotated[int, Field(ge=1)] | None = None
+    lora_rank: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_context_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 class JobBody(BaseModel):
@@ -203,6 +203,7 @@ async def list_job_checkpoints(
 ) -> dict[str, Any]:
     """The checkpoints of a job, oldest first; also of one that was deleted."""
     refuse_other_account(owner, account)
+    service.jobs.find_any(Place(account, job))
     rows = service.checkpoints.of(account, f"jobs/{job}")
     start = int(token or 0)
     page: dict[str, Any] = {"checkpoints": [_checkpoint(row, job) for row in rows[start : start + size]]}
@@ -240,7 +241,9 @@ async def promote(
 ) -> dict[str, Any]:
     """Make a model of an export, which later jobs can name as their base."""
     refuse_other_account(owner, account)
-    job = (body.trainer_job_id or "").rpartition("/")[2]
+    of_account, _, job = (body.trainer_job_id or "").rpartition("/")
+    if of_account:
+        refuse_other_account(of_account.removesuffix("/rlorTrainerJobs").removeprefix("accounts/"), account)
     rows = [
         row
         for row in service.checkpoints.of(account, f"jobs/{job}" if job else None)
@@ -270,8 +273,10 @@ async def get_model(owner: str, model: str, account: Account, service: Served) -
     if promoted is not None:
         return _model(promoted)
     name = f"accounts/{owner}/models/{model}"
-    service.models.source(name, account)
-    load_catalog().resolve_model(name)
+    try:
+        load_catalog().resolve_model(service.models.source(name, account))
+    except ModelError as error:
+        raise NotFound(str(error)) from error
     return {"name": name, "state": "READY", "kind": "HF_BASE_MODEL", "baseModelDetails": {"moe": False}}
 
 

@@ -7,6 +7,7 @@ gone, and never 5xx, which they repeat for minutes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,13 +100,16 @@ async def create_model(body: bodies.CreateModelBody, place: Here, service: Serve
     frozen = body.base_only or (place.job_id is not None and service.jobs.find(place).forward_only)
     lora = body.lora_config.to_lora() if body.lora_config and not frozen else None
     request = ModelRequest(body.base_model, lora, not frozen, body.user_metadata or {})
-    service.refuse_model(request, place.account)  # at once, not by the promise
 
     async def make() -> dict[str, Any]:
         model = await service.create_model(session, request)
         return {"type": "create_model", "model_id": model.model_id}
 
-    return _promise(service, place, "create_model", (session.session_id, body.model_seq_id), body, make)
+    def start() -> Awaitable[Any]:
+        service.refuse_model(request, place.account)  # at once, not by the promise
+        return make()
+
+    return _promise(service, place, "create_model", (session.session_id, body.model_seq_id), body, start)
 
 
 @router.post("/get_info")
@@ -125,13 +129,12 @@ async def get_info(body: bodies.ModelBody, place: Here, service: Served) -> dict
 @router.post("/unload_model")
 async def unload_model(body: bodies.ModelBody, place: Here, service: Served) -> dict[str, Any]:
     """Promise of a model's end."""
-    model = service.sessions.model(body.model_id, place)
+    answer = {"type": "unload_model", "model_id": body.model_id}
 
-    async def unload() -> dict[str, Any]:
-        await service.unload(model)
-        return {"type": "unload_model", "model_id": model.model_id}
+    def start() -> Awaitable[Any]:
+        return _then(service.unload(service.sessions.model(body.model_id, place)), answer)
 
-    return _promise(service, place, "unload_model", (model.model_id,), body, unload)
+    return _promise(service, place, "unload_model", (body.model_id,), body, start)
 
 
 # Training
@@ -168,9 +171,16 @@ def _promise(
     body: bodies.Body,
     start: Callable[[], Awaitable[Any]],
 ) -> dict[str, Any]:
-    content = type(body).__name__.encode() + body.model_dump_json().encode()
-    answer = service.answers.once(Asked.of(place.account, what, numbers, content), start)
+    answer = service.answers.once(_asked(place, what, numbers, body), start)
     return {"request_id": answer.request_id}
+
+
+def _asked(place: Place, what: str, numbers: tuple[str | int, ...], body: bodies.Body) -> Asked:
+    try:
+        content = type(body).__name__.encode() + body.model_dump_json().encode()
+    except ValueError as error:  # what a client keeps in its metadata may be too deep, or no text
+        raise OperationError(f"{what}: {error}") from None
+    return Asked.of(place.account, what, numbers, content)
 
 
 @router.post("/forward")
@@ -306,9 +316,14 @@ async def create_sampling_session(
     """A sampler of a checkpoint or a base."""
     session = service.sessions.find(body.session_id, place)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
-    if sampler_id not in session.samplers:
+
+    async def make() -> None:
         model_id = await service.sampler_from(session, body.model_path, body.base_model)
         session.samplers[sampler_id] = model_id
+
+    numbers = (session.session_id, body.sampling_session_seq_id)
+    made = service.answers.once(_asked(place, "create_sampling_session", numbers, body), make)
+    await asyncio.shield(made.future)
     return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 

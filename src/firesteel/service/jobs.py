@@ -73,12 +73,19 @@ class Jobs:
         self._records = records
         self._service = service
         self._used: dict[tuple[str, str], float] = {}
-        self._starting: set[asyncio.Task[None]] = set()
+        self._starting: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def find(self, place: Place) -> Job:
         """The job of a place. Raises `NotFound` if there is none."""
+        job = self.find_any(place)
+        if job.state is JobState.DELETED:
+            raise NotFound(f"there is no trainer job {place.job_id!r} in account {place.account!r}")
+        return job
+
+    def find_any(self, place: Place) -> Job:
+        """The same, also one that was deleted: its checkpoints are still there."""
         job = self._records.job(place.account, place.job_id or "")
-        if job is None or job.state is JobState.DELETED:
+        if job is None:
             raise NotFound(f"there is no trainer job {place.job_id!r} in account {place.account!r}")
         return job
 
@@ -162,9 +169,11 @@ class Jobs:
             )
 
     async def tend(self) -> None:
-        """Stop what has been idle for longer than its client allowed."""
+        """Stop what has been idle for longer than its client allowed, and bring up what an ended server did not."""
         for job in self._records.jobs():
             place = Place(job.account, job.job_id)
+            if job.state in (JobState.PENDING, JobState.CREATING):
+                self._bringing_up(job)
             if job.state is not JobState.RUNNING or job.inactivity_timeout_s is None:
                 continue
             used = self._used.setdefault((job.account, job.job_id), time.monotonic())
@@ -188,11 +197,17 @@ class Jobs:
     async def _start(self, job: Job) -> Job:
         """Bring it up, and give it as it stands after a moment: clients look again only after 5 s."""
         self._set(job, JobState.CREATING)
-        task = asyncio.get_running_loop().create_task(self._bring_up(job))
-        self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
-        await asyncio.wait([task], timeout=START_SECONDS)
+        await asyncio.wait([self._bringing_up(job)], timeout=START_SECONDS)
         return self.find(Place(job.account, job.job_id))
+
+    def _bringing_up(self, job: Job) -> asyncio.Task[None]:
+        """What brings it up; one at a time for a job."""
+        key = (job.account, job.job_id)
+        if key not in self._starting:
+            task = asyncio.get_running_loop().create_task(self._bring_up(job))
+            self._starting[key] = task
+            task.add_done_callback(lambda _: self._starting.pop(key))
+        return self._starting[key]
 
     async def _bring_up(self, job: Job) -> None:
         """Fetch the model and find out how long its sequences may be."""
@@ -203,9 +218,15 @@ class Jobs:
             context = min(job.max_context_length or shape.max_context_length, shape.max_context_length)
             self._records.update_job_context(job.account, job.job_id, context)
             self._used[job.account, job.job_id] = time.monotonic()
-            self._set(job, JobState.RUNNING)
+            self._came(job, JobState.RUNNING)
         except FiresteelError as error:
-            self._set(job, JobState.FAILED, str(error))
+            self._came(job, JobState.FAILED, str(error))
+
+    def _came(self, job: Job, state: JobState, message: str = "") -> None:
+        """How its start ended, unless it was deleted meanwhile."""
+        now_there = self._records.job(job.account, job.job_id)
+        if now_there is not None and now_there.state is JobState.CREATING:
+            self._set(job, state, message)
 
     def _set(self, job: Job, state: JobState, message: str = "") -> None:
         self._records.update_job(job.account, job.job_id, state, message, now())

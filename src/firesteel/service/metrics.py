@@ -16,6 +16,8 @@ from firesteel.sdk.operations import Forward, ForwardBackward, Operation
 if TYPE_CHECKING:
     from firesteel.service.service import Service
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
 
 class Metrics:
     """The numbers of one server, in a registry of their own."""
@@ -41,7 +43,7 @@ class Metrics:
             ["operation"],
             registry=self._registry,
         )
-        self.requests = Counter(
+        self._requests = Counter(
             "firesteel_requests", "HTTP requests by status.", ["method", "status"], registry=self._registry
         )
         self._gauge(
@@ -57,6 +59,11 @@ class Metrics:
             "firesteel_answers", "Results that are kept for their clients.", lambda: len(service.answers)
         )
         self._gauge("firesteel_resident_bytes", "Memory of the process.", resident_bytes)
+
+    def count_request(self, method: str, status: int) -> None:
+        """Count one HTTP request; 0 is one that its client did not wait for."""
+        # A method may be any word, and each that is new would be kept for good.
+        self._requests.labels(method if method in _METHODS else "other", str(status)).inc()
 
     def _gauge(self, name: str, meaning: str, read: object) -> None:
         Gauge(name, meaning, registry=self._registry).set_function(read)  # type: ignore[arg-type]

@@ -38,14 +38,19 @@ class Models:
 
     def adapter(self, name: str, account: str) -> Path | None:
         """The folder of a promoted adapter."""
-        promoted = self.find(account, name.removeprefix(f"accounts/{account}/models/"))
+        promoted = self._promoted(name, account)
         if promoted is None or promoted.kind != "HF_PEFT_ADDON":
             return None
         return Path(promoted.folder, ADAPTER)
 
+    def _promoted(self, name: str, account: str) -> PromotedModel | None:
+        """By its whole name only: a model's id may be that of one in the catalogue."""
+        prefix = f"accounts/{account}/models/"
+        return self.find(account, name.removeprefix(prefix)) if name.startswith(prefix) else None
+
     def source(self, name: str, account: str) -> str:
         """What the engine loads for a name. Raises `ModelError` for one that this server does not offer."""
-        promoted = self.find(account, name.removeprefix(f"accounts/{account}/models/"))
+        promoted = self._promoted(name, account)
         if promoted is not None:
             return str(Path(promoted.folder, MODEL))
         if self.offered and name not in self.offered:

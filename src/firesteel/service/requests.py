@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from firesteel.sdk.errors import NotBuiltYetError, OperationError
 from firesteel.sdk.operations import LossName
@@ -23,8 +23,21 @@ from firesteel.sdk.types import (
 )
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-SeqId = Annotated[int, Field(ge=0, lt=2**62)]
+MOST_SEQ_ID = 2**62
+SeqId = Annotated[int, Field(ge=0, lt=MOST_SEQ_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+# More than any server takes; what this one takes is less, and in its limits.
+MOST_DATUMS = 2**14
+_MOST_FIELDS = 64
+# One wrong value is enough: a small body of millions of them would become gigabytes of messages.
+_STOP_AT_FIRST = Field(fail_fast=True)
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise ValueError(f"{len(value)} fields; at most {_MOST_FIELDS} are read")
+    return value
 
 
 class Body(BaseModel):
@@ -37,13 +50,13 @@ class ChunkBody(Body):
     """A run of tokens; images are refused by their type."""
 
     type: Literal["encoded_text"] = "encoded_text"
-    tokens: list[Int64]
+    tokens: Annotated[list[Int64], _STOP_AT_FIRST]
 
 
 class ModelInputBody(Body):
     """The tokens of a sequence."""
 
-    chunks: list[ChunkBody]
+    chunks: Annotated[list[ChunkBody], _STOP_AT_FIRST]
 
     def to_model_input(self) -> ModelInput:
         """As ours."""
@@ -55,11 +68,13 @@ class TensorBody(Body):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    data: list[float]
+    data: Annotated[list[float], _STOP_AT_FIRST]
     dtype: Literal["float32", "int64"]
-    shape: list[Annotated[int, Field(ge=0)]] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    shape: Annotated[list[Annotated[Int64, Field(ge=0)]], Field(max_length=8, fail_fast=True)] | None = None
+    sparse_crow_indices: Annotated[list[Int64], _STOP_AT_FIRST] | None = None
+    sparse_col_indices: Annotated[list[Int64], _STOP_AT_FIRST] | None = None
+
+    _few_fields = model_validator(mode="before")(_few)
 
     def to_tensor(self, where: str) -> TensorData:
         """As ours, dense. Raises `OperationError` for lengths that do not fit the shape."""
@@ -69,6 +84,8 @@ class TensorBody(Body):
         shape = values.shape if self.shape is None else tuple(self.shape)
         if int(np.prod(shape, dtype=object)) != values.size:
             raise OperationError(f"{where}: {values.size} values do not fill the shape {list(shape)}")
+        if not values.size:
+            shape = values.shape  # without values the other lengths may be more than an array can have
         return TensorData(values.reshape(shape), self.dtype)
 
     def _dense(self, values: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
@@ -100,7 +117,7 @@ class DatumBody(Body):
     """One sequence and what its loss reads."""
 
     model_input: ModelInputBody
-    loss_fn_inputs: dict[str, TensorBody]
+    loss_fn_inputs: Annotated[dict[str, TensorBody], BeforeValidator(_few)]
 
     def to_datum(self, where: str) -> Datum:
         """As ours."""
@@ -114,9 +131,9 @@ class DatumBody(Body):
 class LossInputBody(Body):
     """The data of one call, and its loss."""
 
-    data: list[DatumBody]
+    data: Annotated[list[DatumBody], Field(max_length=MOST_DATUMS, fail_fast=True)]
     loss_fn: LossName
-    loss_fn_config: dict[str, float] | None = None
+    loss_fn_config: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
 
     def to_data(self) -> tuple[Datum, ...]:
         """As ours."""
@@ -196,7 +213,7 @@ class LoraBody(Body):
 class CreateSessionBody(Body):
     """`create_session`."""
 
-    tags: list[str] = []
+    tags: Annotated[list[str], _STOP_AT_FIRST] = []
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = ""
 
@@ -285,7 +302,7 @@ class SamplingBody(Body):
     top_p: float = 1.0
     top_k: int = -1
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | Annotated[list[str], _STOP_AT_FIRST] | Annotated[list[int], _STOP_AT_FIRST] | None = None
 
     def to_params(self) -> SamplingParams:
         """As ours. Raises `OperationError` for texts to stop at: a trainer has no tokenizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from firesteel.sdk.errors import ConfigError
 from firesteel.service.app import build_app
 from firesteel.service.records import Records
 from firesteel.service.service import Limits, Service
@@ -28,10 +30,38 @@ class Settings:
     no_auth: bool
 
 
+class JSONLines(logging.Formatter):
+    """Each record as one line of JSON: its fields, if its message is an object already, and a failure's traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        message = record.getMessage()
+        fields = json.loads(message) if message.startswith("{") else {"message": message}
+        line = {"time": round(record.created, 3), "level": record.levelname.lower(), **fields}
+        if record.exc_info:
+            line["failed"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `run_server`; port 0 picks one that is free. Raises `ConfigError` for one that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches Nagle's algorithm off only where it can see that a connection is TCP; with it on, each answer
+    # waits for the client's delayed acknowledgement: 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"--host {host} --port {port}: {error}; choose another, or --port 0") from error
+    return listening
+
+
 def run_server(settings: Settings, listening: socket.socket) -> None:
     """Serve on this socket until a signal; then the running operation ends, and what was promised to be saved is."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(JSONLines())
     service_log = logging.getLogger("firesteel.service")
     service_log.addHandler(handler)
     service_log.setLevel(logging.INFO)
