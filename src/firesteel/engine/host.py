@@ -15,6 +15,7 @@ import torch
 
 from firesteel import store
 from firesteel.catalog import ModelEntry, load_catalog
+from firesteel.engine.capacity import TRAINED_COPIES, Need, capacity_of
 from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import (
     BaseModel,
@@ -114,6 +115,7 @@ class Host:
         self.models: dict[str, HostedModel] = {}
         self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
         self._verified: set[Path] = set()
+        self._capacity: dict[str, int] = {}
         self._numbers = itertools.count(1)
         # States are copied in their turn and written while training goes on, one after the other.
         self._writer = ThreadPoolExecutor(1, "firesteel-states")
@@ -197,11 +199,23 @@ class Host:
             store.verify(folder, entry.name)
             self._verified.add(folder)
         if owns_weights:
+            self._refuse_over_commit(Need.of(operation.base_model, folder, shape, operation.trainable), shape)
             return load_base(operation.base_model, entry, folder, shape)
         key = (str(folder), shape.device, shape.dtype)
         if key not in self._shared_bases:
+            self._refuse_over_commit(Need.of(operation.base_model, folder, shape, trained=False), shape)
             self._shared_bases[key] = load_base(operation.base_model, entry, folder, shape)
         return on_shape(self._shared_bases[key], operation.base_model, shape)
+
+    def _refuse_over_commit(self, need: Need, shape: TrainingShape) -> None:
+        if shape.device not in self._capacity:  # as it was before the first model
+            self._capacity[shape.device] = capacity_of(shape.device)
+        bases = [*self._shared_bases.values(), *(model.trainer.base for model in self.models.values())]
+        networks = {id(base.network): base.network for base in bases if base.device == shape.device}
+        held = sum(p.nbytes for network in networks.values() for p in network.parameters())
+        trained = (m.trainer for m in self.models.values() if m.description.trainable)
+        held += sum((TRAINED_COPIES - 1) * t.trained_bytes for t in trained if t.base.device == shape.device)
+        need.refuse_if_more(self._capacity[shape.device], held)
 
     def _create_base_reference(self, operation: CreateBaseReference) -> ModelDescription:
         policy = self._model(operation.policy_id)

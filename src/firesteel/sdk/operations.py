@@ -74,7 +74,8 @@ class ResolveShape:
 class CreateModel:
     """Load a model on a shape. Result: `ModelDescription`.
 
-    With `lora` an adapter is trained, without it all weights; a model that is not `trainable` only runs forward.
+    With `lora` an adapter is trained, without it all weights; a model that is not `trainable` only runs forward. One
+    that does not fit into memory is refused with the numbers.
     Memory is bounded by `activation_token_budget`: a longer call runs its forward again for the backward.
     """
 
