@@ -325,17 +325,21 @@ def test_whoever_catches_even_interrupts_raises_them_again() -> None:
 
 # Errors
 
+MADE_OF = {
+    errors.RowError: ("rows.jsonl", 3, "chosen", "is wrong"),
+    errors.TrainerRewound: (3, "what is wrong"),
+}
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
 def test_every_error_survives_the_way_to_another_process(kind: type[errors.FiresteelError]) -> None:
-    error = kind("rows.jsonl", 3, "chosen", "is empty") if kind is errors.RowError else kind("what is wrong")
+    error = kind(*MADE_OF.get(kind, ("what is wrong",)))
     error.add_note("a note")
     there = pickle.loads(pickle.dumps(error))
     assert type(there) is kind
     assert str(there) == str(error)
-    assert "wrong" in str(there) or str(there) == "rows.jsonl:3: chosen: is empty"
+    assert "wrong" in str(there)
     assert there.__dict__ == error.__dict__
     assert (there.code, there.category) == (error.code, error.category)
 

@@ -52,8 +52,8 @@ class Need:
         copies = "" if self.copies == 1 else f" × {self.copies} (weights, gradient, AdamW's two moments)"
         raise ModelError(
             f"{self.name} needs {self.bytes / _GIB:.2f} GiB: {self.parameters:,} parameters in {self.dtype}{copies}. "
-            f"Of the {capacity / _GIB:.2f} GiB here {held / _GIB:.2f} are taken by models that are loaded; unload some, "
-            "train an adapter (lora_rank) instead of all weights, or use a larger machine"
+            f"Of the {capacity / _GIB:.2f} GiB here {held / _GIB:.2f} are taken by models that are loaded; unload "
+            "some, train an adapter (lora_rank) instead of all weights, or use a larger machine"
         )
 
 
