@@ -30,6 +30,7 @@ def main() -> None:
     cross_entropy(service, task, checks)
     policy = dpo(service, task, checks)
     sampling(service, policy, task, checks)
+    listings(service, policy, checks)
     mistakes(service, policy, task, checks)
     checks.end()
 
@@ -107,6 +108,24 @@ def sampling(service: Any, policy: Any, task: Task, checks: Checks) -> None:
         lengths = {(len(sequence.tokens), len(sequence.logprobs)) for sequence in sequences}
         checks.true(f"sampling {name}: tokens with logprobs", all(a == b for a, b in lengths), lengths)
     checks.true("sampling: greedy answers are one", all(a == answers[0] for a in answers), answers)
+
+
+def listings(service: Any, policy: Any, checks: Checks) -> None:
+    """Training runs and their checkpoints, and the end of one."""
+    rest, run_id = service.create_rest_client(), policy.model_id
+    runs = {run.training_run_id: run for run in rest.list_training_runs().result().training_runs}
+    checks.true("listings: the policy is a training run", run_id in runs, list(runs))
+    checks.equal("listings: of an adapter", (runs[run_id].is_lora, runs[run_id].lora_rank), (True, 8))
+    policy.save_state("to-be-deleted").result()
+    rows = rest.list_checkpoints(run_id).result().checkpoints
+    named = {row.checkpoint_id: row for row in rows}
+    checks.true("listings: its checkpoint", "weights/to-be-deleted" in named, list(named))
+    path = named["weights/to-be-deleted"].tinker_path
+    info = rest.get_weights_info_by_tinker_path(path).result()
+    checks.equal("listings: what it is of", (info.is_lora, info.lora_rank), (True, 8))
+    rest.delete_checkpoint(run_id, "weights/to-be-deleted").result()
+    left = [row.checkpoint_id for row in rest.list_checkpoints(run_id).result().checkpoints]
+    checks.true("listings: and it is gone", "weights/to-be-deleted" not in left, left)
 
 
 def mistakes(service: Any, policy: Any, task: Task, checks: Checks) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from firesteel.sdk.errors import (
     TrainerLost,
     UserError,
 )
-from firesteel.service import control_plane, data_plane, operation_plane, status
+from firesteel.service import control_plane, data_plane, operation_plane, status, training_runs
 from firesteel.service import requests as bodies
 from firesteel.service.access import ACCOUNT, NO_AUTH_ACCOUNT, Unauthenticated, authenticate, is_open
 from firesteel.service.jobs import JobExists, NotFound
@@ -77,6 +77,7 @@ def build_app(service: Service, no_auth: bool = False) -> FastAPI:
     app.state.service = service
     for root in ROOTS:
         app.include_router(data_plane.router, prefix=root, tags=["data plane"])
+        app.include_router(training_runs.router, prefix=root, tags=["training runs"])
         app.include_router(operation_plane.router, prefix=root, tags=["operations"])
     app.include_router(control_plane.router, tags=["control plane"])
     app.include_router(status.router, tags=["status"])
@@ -220,15 +221,17 @@ _STATUS: dict[type[FiresteelError], int] = {
 
 def _error_response(error: FiresteelError) -> Response:
     status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-    headers = {"retry-after": "2"} if status == 503 else {"x-should-retry": "false"}
-    return _response(status, error.code, str(error), headers)
+    return _response(status, error.code, str(error))
 
 
-def _response(status: int, code: str, text: str, headers: dict[str, str] | None = None) -> Response:
+def _response(status: int, code: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
+    retry = {"retry-after": "2"} if status == 503 else {"x-should-retry": "false"}
     content = {
         "error": {"code": code, "message": text, "status": _RPC_STATUS.get(status, "INVALID_ARGUMENT")}
     }
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    return Response(
+        orjson.dumps(content), status, {**(headers or {}), **retry}, media_type="application/json"
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -265,4 +268,4 @@ def _use_up_number(request: Request, body: Any, reason: str) -> None:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _response(error.status_code, "http", str(error.detail), dict(error.headers or {}))
+    return _response(error.status_code, "http", str(error.detail), error.headers)
