@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, to be killed."""
+"""Runs and servers of the command line in processes of their own, to be killed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training.recipes.dpo_loop import Config
 
 COMMAND = [str(Path(sys.executable).with_name("firesteel")), "dpo"]
+SERVE = [COMMAND[0], "serve", "--no-auth"]
 PATIENCE = 120.0
 
 
@@ -65,3 +69,34 @@ def kill_somewhere(process: subprocess.Popen[str], run: Path, step: int, chance:
     time.sleep(chance.uniform(0, 0.08))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+@contextmanager
+def served(home: Path, port: int, model: str = "tiny-llama") -> Iterator[subprocess.Popen[str]]:
+    """A server process that answers."""
+    process = subprocess.Popen(
+        [*SERVE, "--port", str(port), "--home", str(home), "--base-model", model],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=(home.parent / "serve.log").open("a"),
+        text=True,
+    )
+    try:
+        give_up = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < give_up, "the server does not answer"
+                time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])

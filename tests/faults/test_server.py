@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_record import TRIES, Record
-from processes import finish, start, steps_of
+from processes import finish, free_port, served, start, steps_of
 from proxy import FAULTS, Fault, spoiling
 from runs import config, outcome
 
@@ -28,7 +22,6 @@ from transports import RecordingEngine, service_in, serving
 
 pytestmark = pytest.mark.slow
 
-SERVE = [str(Path(sys.executable).with_name("firesteel")), "serve", "--no-auth", "--base-model", "tiny-llama"]
 SETTINGS: dict[str, Any] = {"dcp_save_interval": 2, "eval_fraction": 0.25, "eval_interval": 4}
 
 
@@ -56,37 +49,6 @@ def test_a_network_that_spoils_every_request_once_changes_nothing(
     steps = [operation.seq_id for operation in engine.log if isinstance(operation, OptimStep)]
     assert len(steps) == len(set(steps)) == steps_of(Path(whole.log_path))
     record.survived()
-
-
-@contextmanager
-def served(home: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """A server process that answers."""
-    process = subprocess.Popen(
-        [*SERVE, "--port", str(port), "--home", str(home)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=(home.parent / "serve.log").open("a"),
-        text=True,
-    )
-    try:
-        give_up = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert process.poll() is None, "the server ended"
-                assert time.monotonic() < give_up, "the server does not answer"
-                time.sleep(0.02)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
