@@ -24,6 +24,8 @@ from firesteel.sdk import AdamParams, Datum, ModelInput, TrainingClient
 from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
 from training.utils.pairs import PreferencePair
 
+PAUSE_SECONDS = 0.25
+
 
 def main() -> None:
     """Measure and print."""
@@ -110,7 +112,8 @@ def step(client: TrainingClient, pairs: list[PreferencePair]) -> None:
 
 
 def timed(client: TrainingClient, pairs: list[PreferencePair]) -> float:
-    """Seconds of one step."""
+    """Seconds of one step, after a pause: the other trainer's threads wait actively for a while."""
+    time.sleep(PAUSE_SECONDS)
     begin = time.perf_counter()
     step(client, pairs)
     return time.perf_counter() - begin

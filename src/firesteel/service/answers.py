@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from firesteel.sdk.types import ForwardBackwardOutput
 DELIVERED_SECONDS = 300.0
 FORGOTTEN_SECONDS = 3600.0
 DELIVERED_BYTES = 256 * 2**20
+DELIVERED_OF_A_SESSION = 128  # more than a client has under way at a time
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Asked:
     account: str
     what: str
     numbers: tuple[str | int, ...]
+    """The first is a session, or something of one: its name begins with the session's."""
     sha256: bytes
 
     @classmethod
@@ -38,6 +40,11 @@ class Asked:
     def key(self) -> tuple[object, ...]:
         """Equal for a retry."""
         return self.account, self.what, *self.numbers
+
+    @property
+    def session_id(self) -> str:
+        """Whose answer it is."""
+        return str(self.numbers[0]).partition(":")[0]
 
     def __str__(self) -> str:
         return " ".join(map(str, (self.what, *self.numbers)))
@@ -129,20 +136,24 @@ class Answers:
         await asyncio.gather(*(answer.future for answer in self._answers.values()), return_exceptions=True)
 
     def sweep(self) -> None:
-        """Forget what has been delivered for a while, or is more than memory is for, and what nobody came for."""
-        now = time.monotonic()
-        kept_bytes = 0
+        """Forget what has been delivered for a while, or is more than is kept, and what nobody came for."""
+        now, kept_bytes = time.monotonic(), 0
+        delivered: Counter[str] = Counter()
         gone = set()
         for answer in reversed(self._answers.values()):
             if answer.finished is None:
                 continue
             kept_bytes += answer.bytes
-            delivered = answer.delivered is not None
-            if (
-                delivered
-                and (now - (answer.delivered or 0) > DELIVERED_SECONDS or kept_bytes > DELIVERED_BYTES)
-            ) or now - answer.finished > FORGOTTEN_SECONDS:
+            if answer.delivered is None:
+                expired = now - answer.finished > FORGOTTEN_SECONDS
+            else:
+                delivered[answer.asked.session_id] += 1
+                expired = (
+                    now - answer.delivered > DELIVERED_SECONDS
+                    or kept_bytes > DELIVERED_BYTES
+                    or delivered[answer.asked.session_id] > DELIVERED_OF_A_SESSION
+                )
+            if expired:
                 gone.add(answer.request_id)
         for request_id in gone:
-            del self._answers[request_id]
-        self._keys = {key: found for key, found in self._keys.items() if found not in gone}
+            del self._keys[self._answers.pop(request_id).asked.key]

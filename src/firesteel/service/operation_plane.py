@@ -37,7 +37,7 @@ from firesteel.sdk.types import LoadStateResponse, SaveStateResponse, SaveWeight
 from firesteel.service.access import Here, Served
 from firesteel.service.answers import Asked
 from firesteel.service.service import ModelRequest, Service
-from firesteel.service.sessions import Place, ServedModel, Session
+from firesteel.service.sessions import ServedModel, Session
 from firesteel.service.transfers import PREFIX
 
 router = APIRouter()
@@ -53,23 +53,23 @@ async def run_operation(
     content = await request.body()
     session = service.sessions.find(session_id, place)
     operation = wire.decode_operation(content)
-    asked = Asked.of(place.account, "operation", (request_id,), content)
+    asked = Asked.of(place.account, "operation", (session_id, request_id), content)
     service.answers.once(asked, lambda: _start(service, session, operation))
-    return await _answer(service, place, request_id)
+    return await _answer(service, asked.key)
 
 
 @router.get("/operations", responses={202: {"description": "not there yet; ask again"}})
-async def await_operation(request_id: RequestId, place: Here, service: Served) -> Response:
+async def await_operation(
+    request_id: RequestId, session_id: SessionId, place: Here, service: Served
+) -> Response:
     """The result of an operation that was sent before."""
-    return await _answer(service, place, request_id)
+    return await _answer(service, (place.account, "operation", session_id, request_id))
 
 
-async def _answer(service: Service, place: Place, request_id: str) -> Response:
-    answer = service.answers.of_key((place.account, "operation", request_id))
+async def _answer(service: Service, key: tuple[object, ...]) -> Response:
+    answer = service.answers.of_key(key)
     if answer is None:
-        raise TrainerLost(
-            f"there is no operation of request {request_id!r} here: the server was started anew"
-        )
+        raise TrainerLost(f"there is no operation of request {key[-1]!r} here: the server was started anew")
     if not await service.answers.wait(answer, service.limits.poll_seconds):
         return Response(status_code=202)
     error = answer.future.exception()
