@@ -6,7 +6,7 @@ CODE := src tests examples benchmarks compat
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow compat faults check format bench bench-scaling clean
+.PHONY: help setup demo test test-slow compat faults soak check format bench bench-scaling clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ compat: setup ## Run tinker and two Fireworks SDKs against a server of this mach
 
 faults: $(VENV)/.installed-slow ## Kill, stop and starve runs, TRIES times each (20), and print what survived (half an hour)
 	FIRESTEEL_FAULT_TRIES=$(or $(TRIES),20) $(BIN)/python -m pytest -m slow tests/faults --timeout 7200 -s
+
+soak: $(VENV)/.installed-slow ## Sixteen users on one server for five minutes
+	FIRESTEEL_SOAK_SECONDS=300 $(BIN)/python -m pytest -m slow tests/slow/test_soak.py --timeout 900 -s
 
 check: setup ## Format, lint, types, layers
 	$(BIN)/ruff format --check $(CODE)

@@ -12,12 +12,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 from fastapi import APIRouter
 from fastapi.responses import Response
+from numpy.typing import ArrayLike
 
 from firesteel.catalog import load_catalog
-from firesteel.sdk.errors import FiresteelError, NotBuiltYetError, OperationError
+from firesteel.sdk.errors import FiresteelError, NonFiniteError, NotBuiltYetError, OperationError
 from firesteel.sdk.operations import Forward, ForwardBackward, OptimStep, Sample
 from firesteel.sdk.types import (
     ForwardBackwardOutput,
@@ -342,7 +344,7 @@ async def asample(body: bodies.SampleBody, place: Here, service: Served) -> dict
         raise NotBuiltYetError("topk_prompt_logprobs: not built yet; ask for prompt_logprobs")
 
     def start() -> Awaitable[Any]:
-        prompt, params = body.prompt.to_model_input(), body.sampling_params.to_params()
+        prompt, params = body.prompt.to_model_input(), body.sampling_params.to_params(body.num_samples)
         operation = Sample(model.model_id, prompt, params, body.num_samples, bool(body.prompt_logprobs))
         return service.submit(model, operation)
 
@@ -364,7 +366,10 @@ async def retrieve_future(body: bodies.RetrieveBody, place: Here, service: Serve
         return _json(content, status=408)
     error = answer.future.exception()
     if error is None:
-        return _json(_as_json(answer.future.result()))
+        try:
+            return _json(_as_json(answer.future.result()))
+        except NonFiniteError as found:
+            error = found
     category = error.category if isinstance(error, FiresteelError) else "server"
     return _json({"error": str(error) or type(error).__name__, "category": category})
 
@@ -374,7 +379,7 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 
 def _as_json(result: Any) -> dict[str, Any]:
-    """A result as stock clients read it. JSON has no NaN: numbers that are none are left out or null."""
+    """A result as stock clients read it. Raises `NonFiniteError`: JSON has no NaN, and null is no number to them."""
     match result:
         case ForwardBackwardOutput():
             outputs = [
@@ -382,13 +387,16 @@ def _as_json(result: Any) -> dict[str, Any]:
                 for output in result.loss_fn_outputs
             ]
             kind = result.loss_fn_output_type
+            _refuse_nan("metrics", list(result.metrics.values()))
             return {"loss_fn_output_type": kind, "loss_fn_outputs": outputs, "metrics": result.metrics}
         case OptimStepResponse():
+            _refuse_nan("metrics", list(result.metrics.values()))
             return {"type": "optim_step", "metrics": result.metrics}
         case SampleResponse():
             sequences = [_sequence(sequence) for sequence in result.sequences]
             answer: dict[str, Any] = {"type": "sample", "sequences": sequences}
             if result.prompt_logprobs is not None:
+                _refuse_nan("prompt_logprobs", [n for n in result.prompt_logprobs if n is not None])
                 answer["prompt_logprobs"] = result.prompt_logprobs
             return answer
         case dict():
@@ -397,11 +405,20 @@ def _as_json(result: Any) -> dict[str, Any]:
             raise TypeError(f"no JSON is agreed on for {type(result).__name__}")
 
 
+def _refuse_nan(what: str, numbers: ArrayLike) -> None:
+    if not np.isfinite(numbers).all():
+        raise NonFiniteError(
+            f"{what}: not finite; the weights have diverged, so load a checkpoint and lower the learning rate"
+        )
+
+
 def _tensor(tensor: TensorData) -> dict[str, Any]:
+    _refuse_nan("logprobs", tensor.to_numpy())
     return {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
 
 
 def _sequence(sequence: SampledSequence) -> dict[str, Any]:
+    _refuse_nan("logprobs", sequence.logprobs)
     return {
         "stop_reason": sequence.stop_reason,
         "tokens": sequence.tokens,

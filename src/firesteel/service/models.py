@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from firesteel.catalog import load_catalog
 from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sealed import storage_errors, sync
 from firesteel.service.records import Checkpoint, PromotedModel, Records, now
@@ -58,10 +59,7 @@ class Models:
                 f"base_model: this server trains {', '.join(self.offered)}, not {name!r}; start it with "
                 f"--base-model {name} to offer that too"
             )
-        # A path would be one on this machine, and a client has no business there.
-        if not self.offered and (
-            os.path.isabs(name) or name.startswith((".", "~")) or name.endswith(".gguf")
-        ):
+        if not self.offered and name not in load_catalog().models and _may_be_path(name):
             raise ModelError(f"base_model: {name!r} is a path; this server offers models by their names")
         return name
 
@@ -101,6 +99,11 @@ class Models:
         )
         self._records.add_model(model)
         return model
+
+
+def _may_be_path(name: str) -> bool:
+    """A path would be one on this machine, and a client has no business there."""
+    return name.startswith(("/", ".", "~")) or name.endswith(".gguf") or os.path.exists(name)
 
 
 def _origin(checkpoint: Checkpoint) -> str:

@@ -21,6 +21,7 @@ from firesteel.sdk.types import (
     SamplingParams,
     TensorData,
 )
+from firesteel.sdk.validation import check_adam_params, check_sampling
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 MOST_SEQ_ID = 2**62
@@ -176,14 +177,16 @@ class OptimStepBody(Body):
     grad_accumulation_normalization: str | None = None
 
     def to_params(self) -> AdamParams:
-        """As ours. Raises `NotBuiltYetError` for a normalisation: the engine only ever sums."""
+        """As ours. Raises `OperationError` for bad settings, and for a normalisation: the engine only ever sums."""
         if self.grad_accumulation_normalization not in (None, "none"):
             raise NotBuiltYetError(
                 f"grad_accumulation_normalization: {self.grad_accumulation_normalization!r} is not built yet; "
                 "divide the weights of the loss instead, and send none"
             )
         values = self.adam_params.model_dump()
-        return AdamParams(**{**values, "grad_clip_norm": values["grad_clip_norm"] or 0.0})
+        params = AdamParams(**{**values, "grad_clip_norm": values["grad_clip_norm"] or 0.0})
+        check_adam_params(params)
+        return params
 
 
 class LoraBody(Body):
@@ -304,17 +307,19 @@ class SamplingBody(Body):
     seed: int | None = None
     stop: str | Annotated[list[str], _STOP_AT_FIRST] | Annotated[list[int], _STOP_AT_FIRST] | None = None
 
-    def to_params(self) -> SamplingParams:
-        """As ours. Raises `OperationError` for texts to stop at: a trainer has no tokenizer."""
+    def to_params(self, num_samples: int) -> SamplingParams:
+        """As ours. Raises `OperationError` for bad settings, and for texts to stop at: a trainer has no tokenizer."""
         stop = self.stop or []
         if isinstance(stop, str) or any(isinstance(item, str) for item in stop):
             raise OperationError(
                 f"sampling_params.stop: {stop!r}; a trainer has no tokenizer, give token ids"
             )
         tokens = SamplingParams().max_tokens if self.max_tokens is None else self.max_tokens
-        return SamplingParams(
+        params = SamplingParams(
             tokens, self.temperature, self.top_p, self.top_k, self.seed, tuple(int(item) for item in stop)
         )
+        check_sampling(params, num_samples)
+        return params
 
 
 class SampleBody(Body):
