@@ -74,12 +74,22 @@ def encode_operation(operation: Operation) -> bytes:
     return _message({"operation": type(operation).__name__, "value": operation})
 
 
-def decode_operation(message: bytes) -> Operation:
-    """The operation of a message. Raises `OperationError` naming the field that is not as declared."""
+def decode_operation(message: bytes, most_items: int | None = None) -> Operation:
+    """The operation of a message. Raises `OperationError` naming the field that is not as declared.
+
+    Data and gradients of more than `most_items` are refused before they are read.
+    """
     head, arrays = _parts(message)
     name = head.get("operation")
     if name not in _OPERATIONS:
         raise OperationError(f"operation: {name!r} is not one of {', '.join(_OPERATIONS)}")
+    value = head.get("value")
+    for field in ("data", "dloss_dlogprob"):
+        items = value.get(field) if isinstance(value, dict) else None
+        if most_items is not None and isinstance(items, list) and len(items) > most_items:
+            raise OperationError(
+                f"{field}: {len(items)} in one request; this server takes {most_items}, send several"
+            )
     operation: Operation = _decode(_OPERATIONS[name], head.get("value"), arrays, str(name))
     return operation
 

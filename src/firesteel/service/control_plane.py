@@ -19,6 +19,7 @@ from firesteel.sdk.errors import ConfigError, ModelError, OperationError
 from firesteel.sdk.shapes import TrainingShape
 from firesteel.service.access import Account, Served, refuse_other_account
 from firesteel.service.jobs import IDLE_SECONDS, LONGEST_IDLE_SECONDS, JobRequest, NotFound
+from firesteel.service.promotions import promote
 from firesteel.service.records import Checkpoint, Job, PromotedModel
 from firesteel.service.service import model_name
 from firesteel.service.sessions import Place
@@ -236,7 +237,7 @@ def checkpoint_id(name: str) -> str:
 
 
 @router.post("/accounts/{owner}/checkpoints/{checkpoint}:promote")
-async def promote(
+async def promote_checkpoint(
     owner: str, checkpoint: str, body: PromoteBody, account: Account, service: Served
 ) -> dict[str, Any]:
     """Make a model of an export, which later jobs can name as their base."""
@@ -263,7 +264,7 @@ async def promote(
     if not body.output_model.startswith(prefix):
         raise OperationError(f"output_model: {body.output_model!r}; expected {prefix}<id>")
     model_id = body.output_model.removeprefix(prefix)
-    return {"model": _model(await service.promote(exports[-1], model_id))}
+    return {"model": _model(await promote(service, exports[-1], model_id))}
 
 
 @router.get("/accounts/{owner}/models/{model}")

@@ -32,8 +32,8 @@ from firesteel.service import requests as bodies
 from firesteel.service.access import Here, Served
 from firesteel.service.answers import Asked
 from firesteel.service.checkpoints import described
-from firesteel.service.service import ModelRequest, Service
-from firesteel.service.sessions import Place, ServedModel
+from firesteel.service.service import Service
+from firesteel.service.sessions import ModelRequest, Place, ServedModel
 
 router = APIRouter()
 
@@ -275,7 +275,7 @@ async def save_weights_for_sampler(
         if body.checkpoint_type == "delta":
             raise NotBuiltYetError("checkpoint_type: delta exports are not built; ask for base")
         if body.path is None:
-            return _typed(kind, "sampling_session_id", service.snapshot(turn.model, body.seq_id))
+            return _typed(kind, "sampling_session_id", service.samplers.snapshot(turn.model, body.seq_id))
         merged = body.checkpoint_type == "merged_base" and turn.model.lora is not None
         return _typed(kind, "path", service.save_for_sampler(turn.model, body.seq_id, body.path, merged))
 
@@ -319,9 +319,8 @@ async def create_sampling_session(
     session = service.sessions.find(body.session_id, place)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
 
-    async def make() -> None:
-        model_id = await service.sampler_from(session, body.model_path, body.base_model)
-        session.samplers[sampler_id] = model_id
+    def make() -> Awaitable[str]:
+        return service.samplers.create(session, sampler_id, body.model_path, body.base_model)
 
     numbers = (session.session_id, body.sampling_session_seq_id)
     made = service.answers.once(_asked(place, "create_sampling_session", numbers, body), make)
@@ -332,14 +331,14 @@ async def create_sampling_session(
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, place: Here, service: Served) -> dict[str, Any]:
     """What a sampler reads."""
-    model = service.sampler(sampler_id, place)
+    model = service.samplers.find(sampler_id, place)
     return {"sampler_id": sampler_id, "base_model": model.description.base_model}
 
 
 @router.post("/asample")
 async def asample(body: bodies.SampleBody, place: Here, service: Served) -> dict[str, Any]:
     """Promise of continuations of one prompt."""
-    model = service.sampler(body.sampling_session_id, place)
+    model = service.samplers.find(body.sampling_session_id, place)
     if body.topk_prompt_logprobs:
         raise NotBuiltYetError("topk_prompt_logprobs: not built yet; ask for prompt_logprobs")
 

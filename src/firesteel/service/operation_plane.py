@@ -36,8 +36,8 @@ from firesteel.sdk.operations import (
 from firesteel.sdk.types import LoadStateResponse, SaveStateResponse, SaveWeightsResponse
 from firesteel.service.access import Here, Served
 from firesteel.service.answers import Asked
-from firesteel.service.service import ModelRequest, Service
-from firesteel.service.sessions import ServedModel, Session
+from firesteel.service.service import Service
+from firesteel.service.sessions import ModelRequest, ServedModel, Session
 from firesteel.service.transfers import PREFIX
 
 router = APIRouter()
@@ -52,7 +52,8 @@ async def run_operation(
     """Run one operation and answer with its result, or with 202 if that takes longer than a request is held."""
     content = await request.body()
     session = service.sessions.find(session_id, place)
-    operation = wire.decode_operation(content)
+    # Beside the loop, which others wait for too; and no more data than are taken, whatever the body says.
+    operation = await run_in_threadpool(wire.decode_operation, content, service.limits.datums)
     asked = Asked.of(place.account, "operation", (session_id, request_id), content)
     service.answers.once(asked, lambda: _start(service, session, operation))
     return await _answer(service, asked.key)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 from firesteel.catalog import load_catalog
 from firesteel.engine.engine import Engine
-from firesteel.sdk.errors import FiresteelError, OperationError
+from firesteel.sdk.errors import FiresteelError, OperationError, TrainerLost
 from firesteel.sdk.operations import (
     CreateBaseReference,
     CreateModel,
@@ -33,6 +32,7 @@ from firesteel.sdk.operations import (
     Refused,
     ReleaseForward,
     ResolveShape,
+    Sample,
     SaveState,
     SaveWeights,
     UnloadModel,
@@ -40,15 +40,16 @@ from firesteel.sdk.operations import (
 )
 from firesteel.sdk.service_client import REFERENCE_MODES, policy_mode
 from firesteel.sdk.shapes import TrainingShape
-from firesteel.sdk.types import Datum, LoraConfig
-from firesteel.sdk.validation import check_data, check_lora
+from firesteel.sdk.types import Datum
+from firesteel.sdk.validation import check_adam_params, check_data, check_lora, check_sampling
 from firesteel.service.answers import Answers
 from firesteel.service.checkpoints import Checkpoints, Kind, tinker_path
 from firesteel.service.jobs import Jobs
 from firesteel.service.metrics import Metrics
 from firesteel.service.models import Models
-from firesteel.service.records import Checkpoint, PromotedModel, Records
-from firesteel.service.sessions import Place, ServedModel, Session, Sessions
+from firesteel.service.records import Records
+from firesteel.service.samplers import Samplers
+from firesteel.service.sessions import ModelRequest, ServedModel, Session, Sessions
 from firesteel.service.transfers import Transfers
 
 logger = logging.getLogger("firesteel.service")
@@ -75,16 +76,6 @@ class Limits:
     """How long a request for an answer is held; clients give up after 45 s."""
 
 
-@dataclass(frozen=True)
-class ModelRequest:
-    """A model that a session asks for."""
-
-    base_model: str
-    lora: LoraConfig | None
-    trainable: bool
-    metadata: Mapping[str, Any]
-
-
 class Service:
     """One engine, and all who use it."""
 
@@ -107,6 +98,9 @@ class Service:
         self.transfers = Transfers(home / "transfers", self.limits.transfer_bytes)
         self.jobs = Jobs(records, self)
         self.models = Models(home / "models", records, base_models)
+        self.samplers = Samplers(self)
+        self._being_made = 0
+        self._beside: set[asyncio.Task[None]] = set()
 
     async def run(self, operation: Operation, lane: str) -> Any:
         """The result of one operation; raises its error. Refusals at the door are raised before anything waits."""
@@ -128,6 +122,10 @@ class Service:
 
     def check(self, model: ServedModel, operation: Operation) -> None:
         """Refuse what can be seen to be wrong before it waits for its turn."""
+        if isinstance(operation, OptimStep):
+            check_adam_params(operation.adam_params)
+        if isinstance(operation, Sample):
+            check_sampling(operation.sampling_params, operation.num_samples)
         if not isinstance(operation, DataOperation):
             return
         loss_fn = "cross_entropy" if isinstance(operation, Examine) else operation.loss_fn
@@ -161,7 +159,14 @@ class Service:
         self._refuse_too_many()
         model_id = f"{session.session_id}:train:{session.numbers}"
         session.numbers += 1
-        description = await self.run(replace(operation, model_id=model_id), session.session_id)
+        self._being_made += 1
+        try:
+            description = await self.run(replace(operation, model_id=model_id), session.session_id)
+        finally:
+            self._being_made -= 1
+        if session.ended:
+            await self._free(model_id, session)
+            raise TrainerLost(f"{model_id}: its session ended while it was being made")
         described = replace(description, base_model=request.base_model)
         model = ServedModel(
             described, session.place, session.session_id, request.lora, metadata=request.metadata
@@ -170,7 +175,7 @@ class Service:
         return model
 
     def _refuse_too_many(self) -> None:
-        held = sum(len(session.models) for session in self.sessions.all())
+        held = self._being_made + sum(len(session.models) for session in self.sessions.all())
         if held >= self.limits.models:
             raise OperationError(
                 f"create_model: this server holds {held} models and is set to hold {self.limits.models}; unload "
@@ -204,13 +209,22 @@ class Service:
         await self.run(UnloadModel(model.model_id), model.session_id)
 
     async def end_session(self, session: Session) -> None:
-        """Unload what a session has, and forget it."""
+        """Forget a session, and free its models: before what still waits for them, which then fails."""
         self.sessions.end(session)
-        for model in list(session.models.values()):
-            try:
-                await self.run(UnloadModel(model.model_id), session.session_id)
-            except FiresteelError as error:
-                logger.warning("%s could not be unloaded: %s", model.model_id, error)
+        for model_id in list(session.models):
+            await self._free(model_id, session)
+
+    async def _free(self, model_id: str, session: Session) -> None:
+        try:
+            await self.run(UnloadModel(model_id), f"{session.session_id} ends")
+        except FiresteelError as error:
+            logger.warning("%s could not be unloaded: %s", model_id, error)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def refuse(self, model: ServedModel, seq_id: int, error: FiresteelError) -> None:
         """Use up the number of a request that was refused: its client counts on from it."""
@@ -254,96 +268,23 @@ class Service:
             raise OperationError(f"path: {path!r} is an adapter without an optimizer; load its weights only")
         return self.submit(model, LoadState(model.model_id, seq_id, str(folder), optimizer))
 
-    async def snapshot(self, model: ServedModel, seq_id: int) -> str:
-        """A sampler of the weights as they are at this number; its export is kept only until it is loaded."""
-        session = self.sessions.find(model.session_id, model.place)
-        transfer = self.transfers.new(model.place.account)
-        folder = self.transfers.place(model.place.account, transfer)
-        await self.submit(model, SaveWeights(model.model_id, seq_id, str(folder)))
-        sampler_id = f"{session.session_id}:sample:turn-{model.model_id.rpartition(':')[2]}-{seq_id}"
-        whole = model.lora is None
-        source = (
-            str(folder) if whole else self.models.source(model.description.base_model, model.place.account)
-        )
-        start = None if whole else str(folder)
-        operation = CreateModel(source, model.description.shape, model.lora, trainable=False, start=start)
-        request = ModelRequest(model.description.base_model, model.lora, False, {})
-        session.samplers[sampler_id] = (await self.host(session, operation, request)).model_id
-        self.transfers.end(model.place.account, transfer)
-        return sampler_id
-
-    def sampler(self, sampler_id: str, place: Place) -> ServedModel:
-        """The model that a sampler reads. Raises as `Sessions.find`."""
-        session = self.sessions.find(sampler_id.partition(":")[0], place)
-        if sampler_id not in session.samplers:
-            raise OperationError(f"sampling_session_id: there is no sampler {sampler_id!r}")
-        return self.sessions.model(session.samplers[sampler_id], place)
-
-    async def sampler_from(
-        self, session: Session, checkpoint_path: str | None, base_model: str | None
-    ) -> str:
-        """A frozen model for sampling: of a checkpoint, or a base. Returns its id in the engine."""
-        if checkpoint_path is None:
-            if base_model is None:
-                raise OperationError("create_sampling_session: model_path or base_model must be given")
-            request = ModelRequest(base_model, None, False, {})
-            return (await self.create_model(session, request)).model_id
-        checkpoint = self.checkpoints.resolve(checkpoint_path, session.place)
-        lora = LoraConfig(**checkpoint.lora) if checkpoint.lora is not None else None
-        request = ModelRequest(checkpoint.base_model, lora, False, {})
-        modes = (policy_mode(lora.rank),) if lora else REFERENCE_MODES
-        whole = lora is None and checkpoint.kind == "sampler"
-        source = (
-            checkpoint.folder if whole else self.models.source(checkpoint.base_model, session.place.account)
-        )
-        shape = await self.run(ResolveShape(source, modes), session.session_id)
-        start = None if whole else checkpoint.folder
-        operation = CreateModel(source, shape, lora, trainable=False, start=start)
-        return (await self.host(session, operation, request)).model_id
-
-    async def promote(self, checkpoint: Checkpoint, model_id: str) -> PromotedModel:
-        """Make a model of an export. An adapter also becomes a whole model, so that later jobs can name it."""
-        known = self.models.check(checkpoint, model_id)
-        if known is not None:
-            return known
-        whole = Path(checkpoint.folder)
-        if checkpoint.lora is not None:
-            whole = await self._merged(checkpoint)
-        try:
-            return await asyncio.to_thread(self.models.promote, checkpoint, model_id, whole)
-        finally:
-            if checkpoint.lora is not None:
-                shutil.rmtree(whole, ignore_errors=True)
-
-    async def _merged(self, checkpoint: Checkpoint) -> Path:
-        """A whole model of an adapter's export, in a folder that its caller deletes."""
-        assert checkpoint.lora is not None
-        lora = LoraConfig(**checkpoint.lora)
-        lane = f"promote {checkpoint.name}"
-        source = self.models.source(checkpoint.base_model, checkpoint.account)
-        shape = await self.run(ResolveShape(source, (policy_mode(lora.rank),)), lane)
-        made = await self.run(CreateModel(source, shape, lora, start=checkpoint.folder), lane)
-        folder = self.models.scratch()
-        try:
-            await self.run(SaveWeights(made.model_id, 1, str(folder), merged=True), lane)
-        finally:
-            await self.run(UnloadModel(made.model_id), lane)
-        return folder
-
     async def tend(self) -> None:
         """What has to happen from time to time: once a second."""
         self.engine.give_up_gaps(self.limits.gap_seconds)
         self.answers.sweep()
         for session in self.sessions.silent(self.limits.session_seconds):
             logger.info("session %s has not been heard of and is ended", session.session_id)
-            await self.end_session(session)
-        limit = time.monotonic() - self.limits.retained_seconds
+            self.sessions.end(session)
+            self.beside(self.end_session(session))
         for session in self.sessions.all():
             for model in session.models.values():
-                for seq_id in [seq_id for seq_id, sent in model.retained.items() if sent < limit]:
-                    del model.retained[seq_id]
-                    await self.run(ReleaseForward(model.model_id, seq_id), session.session_id)
+                for seq_id in model.overdue(self.limits.retained_seconds):
+                    self.beside(self._release(model, seq_id))
         await self.jobs.tend()
+
+    async def _release(self, model: ServedModel, seq_id: int) -> None:
+        with suppress(FiresteelError):  # it may have been unloaded meanwhile
+            await self.run(ReleaseForward(model.model_id, seq_id), model.session_id)
 
     async def close(self) -> None:
         """Let the running operation end, finish writing, and free everything."""

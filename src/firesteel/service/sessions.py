@@ -28,6 +28,16 @@ class Place:
         return f"jobs/{self.job_id}" if self.job_id is not None else f"models/{model_id}"
 
 
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model that a session asks for."""
+
+    base_model: str
+    lora: LoraConfig | None
+    trainable: bool
+    metadata: Mapping[str, Any]
+
+
 @dataclass
 class ServedModel:
     """A model of a session."""
@@ -45,6 +55,14 @@ class ServedModel:
         """Its name, here and in the engine."""
         return self.description.model_id
 
+    def overdue(self, seconds: float) -> list[int]:
+        """Take the forwards that have waited for their backward for longer."""
+        limit = time.monotonic() - seconds
+        overdue = [seq_id for seq_id, sent in self.retained.items() if sent < limit]
+        for seq_id in overdue:
+            del self.retained[seq_id]
+        return overdue
+
     @property
     def owner(self) -> str:
         """Whose checkpoints its are."""
@@ -61,6 +79,7 @@ class Session:
     samplers: dict[str, str] = field(default_factory=dict)
     """The model that each sampling session reads."""
     seen: float = field(default_factory=time.monotonic)
+    ended: bool = False
     numbers: int = 0
     """How many models it has made."""
 
@@ -116,6 +135,7 @@ class Sessions:
 
     def end(self, session: Session) -> None:
         """Forget a session; its models are the caller's to unload."""
+        session.ended = True
         self._sessions.pop(session.session_id, None)
 
 
