@@ -142,5 +142,4 @@ def test_a_loop_that_has_saved_nothing_is_told_that_its_trainer_is_lost(remote: 
     lose_everything(remote)
     with pytest.raises(TrainerLost, match=r"saved no state.*load_state_with_optimizer\(PATH\)"):
         client.forward(make_pairs(rng, 1))
-    with pytest.raises(TrainerLost):
-        service.close()
+    service.close()  # what is gone needs no unloading

@@ -60,7 +60,7 @@ def home_of(home: Path | None) -> Path:
     """Where the service keeps what it keeps."""
     from firesteel import store
 
-    return (home or store.home() / "service").absolute()
+    return (home.expanduser() if home is not None else store.home() / "service").absolute()
 
 
 def need_server() -> None:
@@ -76,8 +76,7 @@ def _show_new_key(records: Any) -> None:
     """A first start makes a key; it is shown now and never again."""
     from firesteel.service import keys
 
-    made = records.keys()
-    if any(key.revoked is None for key in made):
+    if records.keys():  # also where all were revoked: whoever did that meant it
         typer.echo("keys: `firesteel keys list`; a lost one is replaced by `firesteel keys create`")
         return
     key, text = keys.create(records, "first")

@@ -12,7 +12,7 @@ from typing import Any
 
 from firesteel.engine.host import Host
 from firesteel.engine.memory import keep_freed_memory
-from firesteel.engine.ordering import ModelOrder, new_future
+from firesteel.engine.ordering import ModelOrder, Submitted, new_future
 from firesteel.engine.turns import Turns
 from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, OperationFailed
 from firesteel.sdk.operations import (
@@ -58,9 +58,8 @@ class Engine:
                     raise OperationError(
                         f"{operation_name(operation)}: {self._host.no_model(operation.model_id)}"
                     )
-                future, ready = self._orders[operation.model_id].accept(operation)
-                for submitted in ready:
-                    self._queue.put(lane, (submitted.operation, submitted.future))
+                future, ready = self._orders[operation.model_id].accept(operation, lane)
+                self._queue_in_lanes(ready)
             else:
                 future = new_future()
                 self._queue.put(lane, (operation, future))
@@ -71,7 +70,12 @@ class Engine:
         """Fail operations that have waited for an earlier number of their model for more than `patience` seconds."""
         with self._wake:
             for order in self._orders.values():
-                order.give_up_gaps(patience)
+                self._queue_in_lanes(order.give_up_gaps(patience))
+            self._wake.notify()
+
+    def _queue_in_lanes(self, ready: list[Submitted]) -> None:
+        for submitted in ready:
+            self._queue.put(submitted.lane, (submitted.operation, submitted.future))
 
     def waiting(self) -> dict[str, int]:
         """How many operations wait in each lane that has any."""

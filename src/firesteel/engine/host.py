@@ -182,6 +182,15 @@ class Host:
         owns_weights = operation.lora is None and (operation.trainable or operation.start is not None)
         start = read_start(Path(operation.start), operation.lora) if operation.start is not None else None
         description = self._host(self._load(operation, owns_weights), operation)
+        if (
+            operation.lora is not None
+            and self._held_bytes(operation.shape) > self._capacity[operation.shape.device]
+        ):
+            self._unload(description.model_id)
+            raise ModelError(
+                f"{operation.base_model}: an adapter of rank {operation.lora.rank} does not fit beside the models "
+                "that are loaded; unload some, or choose a lower rank"
+            )
         if start is not None:
             try:
                 self.models[description.model_id].trainer.begin_with(*start)
@@ -210,12 +219,17 @@ class Host:
     def _refuse_over_commit(self, need: Need, shape: TrainingShape) -> None:
         if shape.device not in self._capacity:  # as it was before the first model
             self._capacity[shape.device] = capacity_of(shape.device)
+        need.refuse_if_more(self._capacity[shape.device], self._held_bytes(shape))
+
+    def _held_bytes(self, shape: TrainingShape) -> int:
+        """By models on the device of this shape; what an adapter takes is known once it is made."""
         bases = [*self._shared_bases.values(), *(model.trainer.base for model in self.models.values())]
         networks = {id(base.network): base.network for base in bases if base.device == shape.device}
-        held = sum(p.nbytes for network in networks.values() for p in network.parameters())
+        held: int = sum(p.nbytes for network in networks.values() for p in network.parameters())
         trained = (m.trainer for m in self.models.values() if m.description.trainable)
-        held += sum((TRAINED_COPIES - 1) * t.trained_bytes for t in trained if t.base.device == shape.device)
-        need.refuse_if_more(self._capacity[shape.device], held)
+        return held + sum(
+            (TRAINED_COPIES - 1) * t.trained_bytes for t in trained if t.base.device == shape.device
+        )
 
     def _create_base_reference(self, operation: CreateBaseReference) -> ModelDescription:
         policy = self._model(operation.policy_id)

@@ -33,6 +33,8 @@ class Submitted:
     digest: bytes
     future: Future[Any] = field(default_factory=new_future)
     arrived: float = field(default_factory=time.monotonic)
+    lane: str = ""
+    """Where it waits when its turn has come."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ModelOrder:
         self._held: dict[int, Submitted] = {}
         self._known: OrderedDict[int, Answered] = OrderedDict()
 
-    def accept(self, operation: OrderedOperation) -> tuple[Future[Any], list[Submitted]]:
+    def accept(self, operation: OrderedOperation, lane: str = "") -> tuple[Future[Any], list[Submitted]]:
         """The future that answers this operation, and what may run now, in order."""
         digest = fingerprint(operation)
         seq = operation.seq_id
@@ -66,7 +68,7 @@ class ModelOrder:
                 f"{operation_name(operation)}: the next seq_id is {self._next}; "
                 f"the answer to {seq} is no longer kept (at most the last {KEPT_ANSWERS} are)"
             )
-        submitted = Submitted(operation, digest)
+        submitted = Submitted(operation, digest, lane=lane)
         self._held[seq] = submitted
         self._remember(seq, submitted)
         return submitted.future, self._release()
@@ -80,11 +82,11 @@ class ModelOrder:
             )
         self._held.clear()
 
-    def give_up_gaps(self, patience: float) -> None:
-        """Fail what has waited for a missing number for more than `patience` seconds, and count on from behind it."""
+    def give_up_gaps(self, patience: float) -> list[Submitted]:
+        """Fail what has waited for a missing number for more than `patience` seconds; gives what may run behind it."""
         overdue = [seq for seq, held in self._held.items() if time.monotonic() - held.arrived > patience]
         if not overdue:
-            return
+            return []
         missing = self._next
         for seq in sorted(seq for seq in self._held if seq <= max(overdue)):
             submitted = self._held.pop(seq)
@@ -95,6 +97,7 @@ class ModelOrder:
                 )
             )
         self._next = max(overdue) + 1
+        return self._release()
 
     def _release(self) -> list[Submitted]:
         ready = []

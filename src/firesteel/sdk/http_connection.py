@@ -23,6 +23,7 @@ logger = logging.getLogger("firesteel")
 READ_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
+HURRIED_SECONDS = 5.0
 SILENT_SECONDS = 2.0  # before people are told: a connection that breaks once is nobody's business
 RETRIED = (408, 429, 500, 502, 503, 504)
 _CHUNK = 2**20
@@ -72,7 +73,7 @@ class HTTPConnection:
     ) -> None:
         self.url = url
         self._headers = dict(headers)
-        self._patience = patience
+        self._patience = self._usual_patience = patience
         self._closing = threading.Event()
         self._told = threading.Event()
         self._http = http or httpx2.Client(
@@ -83,16 +84,20 @@ class HTTPConnection:
 
     def ask(self, request: Request) -> Reply:
         """Send until there is an answer. Raises what the server raised, `TransportError`, or `ClosedError`."""
-        started, wait = time.monotonic(), FIRST_WAIT
+        silent_since, wait = None, FIRST_WAIT
         while True:
             if self._closing.is_set():
                 raise ClosedError(f"{request.method} {request.path}: the connection was closed")
             problem, advised = self._try(request)
             if isinstance(problem, Reply):
-                self._tell_recovery()
+                self._answers()
                 return problem
-            silent = time.monotonic() - started
+            # From here on, not from when it was sent: what takes long to send may break after long.
+            silent_since = silent_since or time.monotonic()
+            silent = time.monotonic() - silent_since
             if silent + wait > self._patience:
+                # Whoever asks next asks once: it would wait for the same thing.
+                self._patience = 0.0
                 raise TransportError(
                     f"{self.url} has not answered for {silent:.0f} s ({problem}); is `firesteel serve` running "
                     "there, and the address right?"
@@ -102,17 +107,22 @@ class HTTPConnection:
             self._closing.wait(advised if advised is not None else wait)
             wait = min(2 * wait, LONGEST_WAIT)
 
+    def _answers(self) -> None:
+        self._patience = self._usual_patience
+        if self._told.is_set():
+            self._told.clear()
+            logger.warning("%s answers again", self.url)
+
+    def hurry(self) -> None:
+        """From now on wait only a little for a server that does not answer."""
+        self._usual_patience = self._patience = min(self._patience, HURRIED_SECONDS)
+
     def _tell_trouble(self, problem: str) -> None:
         if not self._told.is_set():
             self._told.set()
             logger.warning(
                 "%s does not answer (%s); asking again for %g s", self.url, problem, self._patience
             )
-
-    def _tell_recovery(self) -> None:
-        if self._told.is_set():
-            self._told.clear()
-            logger.warning("%s answers again", self.url)
 
     def _try(self, request: Request) -> tuple[Reply | str, float | None]:
         """The reply, or why there is none yet and how long the server wants to be left alone."""

@@ -6,12 +6,14 @@ Paths in operations are those of the loop's machine: what the trainer writes is 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,18 @@ from typing import Any
 import httpx2
 
 from firesteel.sdk import wire
-from firesteel.sdk.errors import ClosedError, FiresteelError, TrainerLost, TransportError
+from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, TrainerLost, TransportError
 from firesteel.sdk.http_connection import HTTPConnection, Request
 from firesteel.sdk.operations import (
     CreateBaseReference,
     CreateModel,
+    IdentifyModel,
     LoadState,
     Operation,
     OrderedOperation,
     Refused,
     ResolveShape,
+    Sample,
     SaveState,
     SaveWeights,
     operation_name,
@@ -66,8 +70,13 @@ class HTTPTransport:
         self._pool = ThreadPoolExecutor(_IN_FLIGHT, "firesteel-http")
         self._lock = threading.Lock()
         self._session_id: str | None = None
-        self._waiting: dict[str, list[Future[Any]]] = {}
-        self._barriers: dict[str, Future[Any]] = {}
+        self._under_way: dict[str, list[Future[Any]]] = {}
+        """What was submitted for each model and is not answered yet."""
+        self._barriers: dict[str, list[Future[Any]]] = {}
+        """What everything that is submitted later for a model waits for."""
+        self._saves: dict[str, Future[Any]] = {}
+        """What is being written to which path."""
+        self._session_lock = threading.Lock()
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -79,17 +88,26 @@ class HTTPTransport:
                     f"{operation_name(operation)}: the connection to {self._connection.url} is closed"
                 )
             model_id = _model_of(operation)
-            earlier = [future for future in self._waiting.get(model_id, []) if not future.done()]
-            first = earlier if not isinstance(operation, OrderedOperation) else []
-            if model_id in self._barriers:
-                first = [*first, self._barriers[model_id]]
+            earlier = [future for future in self._under_way.get(model_id, []) if not future.done()]
+            first = [*self._what_comes_first(operation, earlier), *self._barriers.get(model_id, [])]
             future = self._pool.submit(self._run, operation, first)
             if model_id:
-                self._waiting[model_id] = [*earlier, future]
-            if isinstance(operation, LoadState):
-                # What it loads is sent first, and later numbers would wait at the server for longer than it holds them.
-                self._barriers[model_id] = future
+                self._under_way[model_id] = [*earlier, future]
+            if isinstance(operation, LoadState | Sample | IdentifyModel):
+                # The first takes long to send, and later numbers would wait for longer than the server holds them;
+                # the others have no number, and see the weights of now.
+                self._barriers[model_id] = [future]
+            if isinstance(operation, SaveState | SaveWeights):
+                self._saves[operation.path] = future
         return future
+
+    def _what_comes_first(self, operation: Operation, earlier: list[Future[Any]]) -> list[Future[Any]]:
+        """What has to have been answered before this is sent."""
+        first = [] if isinstance(operation, OrderedOperation) else earlier
+        self._saves = {path: future for path, future in self._saves.items() if not future.done()}
+        read = operation.path if isinstance(operation, LoadState) else None
+        read = operation.start if isinstance(operation, CreateModel) else read
+        return [*first, self._saves[read]] if read is not None and read in self._saves else first
 
     def close(self) -> None:
         """End the session, which frees its models. What is under way is waited for while the server answers."""
@@ -97,8 +115,9 @@ class HTTPTransport:
             if self._closed.is_set():
                 return
             self._closed.set()
-            session_id, self._session_id = self._session_id, None
+        self._connection.hurry()
         self._pool.shutdown()
+        session_id = self._session_id
         if self._heart is not None:
             self._heart.join()
         if session_id is not None:
@@ -110,54 +129,90 @@ class HTTPTransport:
 
     def _run(self, operation: Operation, first: list[Future[Any]]) -> Any:
         wait(first)
+        try:
+            sent = self._prepare(operation)
+            content = wire.encode_operation(sent)
+        except (FiresteelError, OSError, TypeError, ValueError) as error:
+            if isinstance(operation, OrderedOperation):
+                # Its number is used up all the same, as it would be by an engine.
+                refused = Refused(operation.model_id, operation.seq_id, str(error))
+                with suppress(FiresteelError):
+                    self._exchange(refused, wire.encode_operation(refused))
+            if isinstance(error, FiresteelError):
+                raise
+            raise OperationError(f"{operation_name(operation)}: {error}") from error
+        return self._conclude(operation, sent, content)
+
+    def _prepare(self, operation: Operation) -> Operation:
+        """The operation as the server can run it: what it reads is sent, what it writes is written there."""
         match operation:
             case SaveState() | SaveWeights():
-                return self._save(operation)
+                if Path(operation.path).exists():
+                    name = operation_name(operation).partition(" ")[0]
+                    raise OperationError(
+                        f"{name}: {operation.path} exists already; name a folder that does not"
+                    )
+                return replace(operation, path="")
             case LoadState():
-                answer = self._with_sent(operation.path, lambda sent: replace(operation, path=sent))
-                return replace(answer, path=operation.path)
+                return replace(operation, path=self._send_folder(Path(operation.path)))
             case CreateModel() if operation.start is not None and _is_path(operation.start):
-                return self._with_sent(operation.start, lambda sent: replace(operation, start=sent))
+                return replace(operation, start=self._send_folder(Path(operation.start)))
             case _:
-                return self._exchange(operation)
+                return operation
 
-    def _exchange(self, operation: Operation) -> Any:
+    def _conclude(self, operation: Operation, sent: Operation, content: bytes) -> Any:
+        """The result, by the names that folders have here."""
+        match operation, sent:
+            case ((SaveState() | SaveWeights()), _):
+                answer = self._exchange(sent, content)
+                self._fetch_folder(answer.path.removeprefix(_TRANSFER), Path(operation.path))
+                return replace(answer, path=operation.path)
+            case LoadState(), LoadState():
+                with _called(sent.path, operation.path):
+                    return replace(self._exchange(sent, content), path=operation.path)
+            case CreateModel(start=str(here)), CreateModel(start=str(there)):
+                with _called(there, here):
+                    return self._exchange(sent, content)
+            case _:
+                return self._exchange(sent, content)
+
+    def _exchange(self, operation: Operation, content: bytes) -> Any:
         """Send an operation and wait for its result."""
+        session_id = self._session()
         try:
-            return self._exchange_in(self._session(), operation)
+            return self._exchange_in(session_id, operation, content)
         except TrainerLost:
+            self._forget_session(session_id)
             # A session without models is nothing to lose: a new one will do.
             if not isinstance(operation, ResolveShape | CreateModel):
                 raise
-            with self._lock:
-                self._session_id = None
-            return self._exchange_in(self._session(), operation)
+            return self._exchange_in(self._session(), operation, content)
 
-    def _exchange_in(self, session_id: str, operation: Operation) -> Any:
+    def _exchange_in(self, session_id: str, operation: Operation, content: bytes) -> Any:
         # Named once: however often it is sent, it runs once.
         headers = {"firesteel-request": secrets.token_hex(16), "firesteel-session": session_id}
-        request = Request(
-            "POST",
-            "/api/v1/operations",
-            wire.encode_operation(operation),
-            {**headers, "content-type": wire.MEDIA_TYPE},
-        )
+        request = Request("POST", "/api/v1/operations", content, {**headers, "content-type": wire.MEDIA_TYPE})
         reply = self._connection.ask(request)
         while reply.status == 202:
             reply = self._connection.ask(Request("GET", "/api/v1/operations", headers=headers))
         return wire.decode_result(operation, reply.content)
 
     def _session(self) -> str:
-        with self._lock:
+        with self._session_lock:
             if self._session_id is None:
-                reply = self._connection.ask(
-                    Request("POST", "/api/v1/create_session", b"{}", {"content-type": "application/json"})
-                )
+                content, headers = b"{}", {"content-type": "application/json"}
+                reply = self._connection.ask(Request("POST", "/api/v1/create_session", content, headers))
                 self._session_id = str(reply.json()["session_id"])
                 if self._heart is None:
                     self._heart = threading.Thread(target=self._beat, name="firesteel-heartbeat", daemon=True)
                     self._heart.start()
             return self._session_id
+
+    def _forget_session(self, session_id: str) -> None:
+        """It is gone; the next model makes a new one."""
+        with self._session_lock:
+            if self._session_id == session_id:
+                self._session_id = None
 
     def _beat(self) -> None:
         """Tell the server that we are there, while the loop thinks."""
@@ -168,39 +223,23 @@ class HTTPTransport:
             headers = {"content-type": "application/json"}
             try:
                 self._connection.ask_once(Request("POST", "/api/v1/session_heartbeat", content, headers))
-            except TransportError:
-                continue  # whoever needs the server will say so
+            except TrainerLost:
+                self._forget_session(session_id)
             except FiresteelError:
-                with self._lock:
-                    if self._session_id == session_id:
-                        self._session_id = None  # it is gone; the next model makes a new one
-
-    def _save(self, operation: SaveState | SaveWeights) -> Any:
-        target = Path(operation.path)
-        if target.exists():
-            name = operation_name(operation).partition(" ")[0]
-            # Its number is used up all the same, as it would be by an engine.
-            reason = f"{name}: {target} exists already; name a folder that does not"
-            return self._exchange(Refused(operation.model_id, operation.seq_id, reason))
-        answer = self._exchange(replace(operation, path=""))
-        self._fetch_folder(answer.path.removeprefix(_TRANSFER), target)
-        return replace(answer, path=str(target))
-
-    def _with_sent(self, folder: str, build: Callable[[str], Operation]) -> Any:
-        """Run an operation on a folder of ours; where it fails, the error names the folder as it is called here."""
-        sent = self._send_folder(Path(folder))
-        try:
-            return self._exchange(build(sent))
-        except FiresteelError as error:
-            raise type(error)(str(error).replace(sent, folder)) from error
+                continue  # whoever needs the server will say so
 
     def _send_folder(self, folder: Path) -> str:
         """Send all files of a folder; returns what it is called at the server. One that is missing arrives empty."""
         reply = self._connection.ask(Request("POST", "/api/v1/transfers"))
         transfer_id = str(reply.json()["transfer_id"])
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.is_file():
-                self._connection.ask(Request("PUT", f"/api/v1/transfers/{transfer_id}/{path.name}", path))
+            if not path.is_file() or path.name.startswith("."):  # `.gitattributes` and the like
+                continue
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            where = f"/api/v1/transfers/{transfer_id}/{path.name}"
+            if self._connection.ask(Request("PUT", where, path)).json()["sha256"] != sha256:
+                raise TransportError(f"{path} arrived with other bytes than were sent")
         return f"{_TRANSFER}{transfer_id}"
 
     def _fetch_folder(self, transfer_id: str, target: Path) -> None:
@@ -224,7 +263,17 @@ class HTTPTransport:
                 sync(target.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        self._connection.ask(Request("DELETE", where))
+        with suppress(FiresteelError):  # it is whole here; what is left there is swept
+            self._connection.ask_once(Request("DELETE", where))
+
+
+@contextmanager
+def _called(there: str, here: str) -> Iterator[None]:
+    """Errors about a folder that was sent, by its name on this side."""
+    try:
+        yield
+    except FiresteelError as error:
+        raise type(error)(str(error).replace(there, here)) from error
 
 
 def _model_of(operation: Operation) -> str:

@@ -19,6 +19,7 @@ from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.types import (
     AdamParams,
     Datum,
+    EncodedTextChunk,
     FloatArray,
     LoraConfig,
     ModelInput,
@@ -296,6 +297,8 @@ def fingerprint(operation: Operation) -> bytes:
 def _feed(digest: Any, value: Any) -> None:
     # A type tag and a length before every value keep ("ab", "c") and ("a", "bc") apart.
     match value:
+        case EncodedTextChunk():  # not one by one: a call has hundreds of thousands
+            _feed(digest, np.asarray(value.tokens, dtype=np.int64))
         case TensorData():
             _feed(digest, value.to_numpy())
         case np.ndarray():

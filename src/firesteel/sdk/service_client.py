@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from firesteel.sdk.conversion import as_lora_config
-from firesteel.sdk.errors import ClosedError, ConfigError
+from firesteel.sdk.errors import ClosedError, ConfigError, FiresteelError
 from firesteel.sdk.operations import CreateBaseReference, CreateModel, ModelDescription, ResolveShape
 from firesteel.sdk.shapes import Mode, TrainingShape
 from firesteel.sdk.training_client import TrainingClient
 from firesteel.sdk.transport import Transport
 from firesteel.sdk.types import LoraConfig
 from firesteel.sdk.validation import check_lora
+
+logger = logging.getLogger("firesteel")
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ class ServiceClient:
 
     def recreate_training_client(self, lost: TrainingClient) -> TrainingClient:
         """The same policy again as it was made, in place of one that its trainer has lost."""
-        operation = self._made_by.pop(lost.model_id)
+        operation = self._made_by[lost.model_id]
         client = self._create(replace(operation, start=None))
+        del self._made_by[lost.model_id]
         self._policies[self._policies.index(lost)] = client
         self._adapters[client.model_id] = self._adapters.pop(lost.model_id)
         self._made_by[client.model_id] = operation
@@ -215,8 +219,17 @@ class ServiceClient:
     def __enter__(self) -> ServiceClient:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # What happened inside is what counts; nobody waits for the results of what is still under way.
+        try:
+            if self.provisioning.cleanup_trainer_on_close:
+                self._transport.close()
+            self.close()
+        except FiresteelError as error:
+            logger.debug("closing after an error: %s", error)
 
     def _create(self, operation: CreateModel | CreateBaseReference) -> TrainingClient:
         if self._closed:

@@ -7,13 +7,14 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from firesteel.sdk.conversion import as_adam_params, as_data, as_model_input, as_sampling_params
-from firesteel.sdk.errors import ClosedError, NonFiniteError, OperationError
+from firesteel.sdk.errors import ClosedError, NonFiniteError, OperationError, TrainerLost
 from firesteel.sdk.futures import APIFuture, Ledger
 from firesteel.sdk.operations import (
     Backward,
@@ -244,7 +245,8 @@ class TrainingClient:
             return
         try:
             self._ledger.wait()
-            self._submit(UnloadModel(self.model_id)).result()
+            with suppress(TrainerLost):  # it is not there any more: that is what was asked for
+                self._submit(UnloadModel(self.model_id)).result()
         finally:
             self.close()
 

@@ -11,6 +11,7 @@ has another type, an unknown name or a place outside the message is refused, and
 from __future__ import annotations
 
 import functools
+import json
 import struct
 import types
 import typing
@@ -24,7 +25,7 @@ import orjson
 
 from firesteel.sdk import errors, operations
 from firesteel.sdk.errors import FiresteelError, OperationError, OperationFailed
-from firesteel.sdk.operations import Operation
+from firesteel.sdk.operations import Operation, SaveState
 from firesteel.sdk.shapes import TrainingShape
 from firesteel.sdk.types import (
     EncodedTextChunk,
@@ -81,7 +82,7 @@ def decode_operation(message: bytes, most_items: int | None = None) -> Operation
     """
     head, arrays = _parts(message)
     name = head.get("operation")
-    if name not in _OPERATIONS:
+    if not isinstance(name, str) or name not in _OPERATIONS:
         raise OperationError(f"operation: {name!r} is not one of {', '.join(_OPERATIONS)}")
     value = head.get("value")
     for field in ("data", "dloss_dlogprob"):
@@ -171,6 +172,10 @@ def _encode(value: Any, arrays: _Arrays) -> Any:
             return arrays.add(value)
         case EncodedTextChunk():
             return arrays.add(np.asarray(value.tokens, dtype=np.int64))
+        case SaveState():
+            # Notes are whatever JSON can say, which is more than the writer of this head can.
+            described = {f.name: getattr(value, f.name) for f in fields(value)}
+            return _encode({**described, "notes": json.dumps(dict(value.notes))}, arrays)
         case Mapping():
             return {key: _encode(item, arrays) for key, item in value.items()}
         case Sequence():
@@ -181,7 +186,24 @@ def _encode(value: Any, arrays: _Arrays) -> Any:
             raise TypeError(f"operations carry no {type(value).__name__}")
 
 
-def _parts(message: bytes) -> tuple[dict[str, Any], memoryview]:
+class _Buffer:
+    """The arrays of a message that is being read, each byte once: a small message does not become a large one."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+        self._left = len(content)
+
+    def take(self, dtype: str, count: int, place: int) -> np.ndarray[Any, Any]:
+        """The values at a place. Raises ValueError where they are not in the message, or more than is in it."""
+        size = count * np.dtype(dtype).itemsize
+        if place + size > len(self._content) or size > self._left:
+            raise ValueError("it is not inside the message")
+        self._left -= size
+        found = np.frombuffer(self._content, np.dtype(dtype).newbyteorder("<"), count, place)
+        return found.astype(dtype)  # a copy of its own: the message need not stay
+
+
+def _parts(message: bytes) -> tuple[dict[str, Any], _Buffer]:
     try:
         if message[:4] != _MAGIC:
             raise ValueError("it does not begin as one")
@@ -192,10 +214,10 @@ def _parts(message: bytes) -> tuple[dict[str, Any], memoryview]:
     except (ValueError, struct.error) as error:
         raise OperationError(f"this is no message of Firesteel's: {error}") from None
     start = 8 + length
-    return head, memoryview(message)[start + -start % _ALIGNMENT :]
+    return head, _Buffer(memoryview(message)[start + -start % _ALIGNMENT :])
 
 
-def _decode(hint: Any, raw: Any, arrays: memoryview, where: str) -> Any:
+def _decode(hint: Any, raw: Any, arrays: _Buffer, where: str) -> Any:
     """`raw` as a value of type `hint`, or `OperationError` naming `where`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -211,13 +233,24 @@ def _decode(hint: Any, raw: Any, arrays: memoryview, where: str) -> Any:
         _expect(isinstance(raw, list), raw, where, "a list")
         values = (_decode(parts[0], value, arrays, f"{where}[{i}]") for i, value in enumerate(raw))
         return list(values) if origin is list else tuple(values)
+    if origin is Mapping and parts[1] is Any:
+        return _notes(raw, where)
     if origin in (dict, Mapping):
         _expect(isinstance(raw, dict), raw, where, "an object")
         return {key: _decode(parts[1], value, arrays, f"{where}.{key}") for key, value in raw.items()}
     return _decode_plain(hint, raw, arrays, where)
 
 
-def _decode_plain(hint: Any, raw: Any, arrays: memoryview, where: str) -> Any:
+def _notes(raw: Any, where: str) -> Mapping[str, Any]:
+    try:
+        notes = json.loads(_expect(isinstance(raw, str), raw, where, "a text of JSON"))
+    except ValueError as error:
+        raise OperationError(f"{where}: {error}") from None
+    _expect(isinstance(notes, dict), notes, where, "a JSON object")
+    return typing.cast("Mapping[str, Any]", notes)
+
+
+def _decode_plain(hint: Any, raw: Any, arrays: _Buffer, where: str) -> Any:
     if hint is Any:
         return raw
     if hint is type(None) or hint is None:
@@ -230,7 +263,9 @@ def _decode_plain(hint: Any, raw: Any, arrays: memoryview, where: str) -> Any:
         return _decode_dataclass(hint, raw, arrays, where)
     if hint is float:
         if isinstance(raw, dict):
-            return float(_array(raw, arrays, where, np.float64))
+            number = _array(raw, arrays, where, np.float64)
+            _expect(number.shape == (), raw, where, "a number")
+            return float(number)
         numeric = isinstance(raw, int | float) and not isinstance(raw, bool)
         return float(_expect(numeric, raw, where, "a number"))
     if issubclass(hint, Enum):
@@ -238,7 +273,7 @@ def _decode_plain(hint: Any, raw: Any, arrays: memoryview, where: str) -> Any:
     return _expect(type(raw) is hint, raw, where, f"a value of type {hint.__name__}")
 
 
-def _decode_dataclass(kind: Any, raw: Any, arrays: memoryview, where: str) -> Any:
+def _decode_dataclass(kind: Any, raw: Any, arrays: _Buffer, where: str) -> Any:
     _expect(isinstance(raw, dict), raw, where, "an object")
     known = {field.name: field for field in fields(kind)}
     for name in raw.keys() - known.keys():
@@ -254,7 +289,7 @@ def _decode_dataclass(kind: Any, raw: Any, arrays: memoryview, where: str) -> An
         raise OperationError(f"{where}: {error}") from None
 
 
-def _array(raw: Any, arrays: memoryview, where: str, dtype: Any = None) -> np.ndarray[Any, Any]:
+def _array(raw: Any, arrays: _Buffer, where: str, dtype: Any = None) -> np.ndarray[Any, Any]:
     """An array of the kind of `dtype`, as wide as it was sent: fp64 models answer in fp64."""
     try:
         name, shape, place = raw["@"]
@@ -266,10 +301,7 @@ def _array(raw: Any, arrays: memoryview, where: str, dtype: Any = None) -> np.nd
         )
         _expect(all(type(n) is int and n >= 0 for n in (*shape, place)), raw, where, "an array")
         count = int(np.prod(shape, dtype=object)) if shape else 1
-        size = count * np.dtype(name).itemsize
-        _expect(place + size <= len(arrays), raw, where, "an array inside the message")
-        found = np.frombuffer(arrays, np.dtype(name).newbyteorder("<"), count, place).reshape(shape)
-        return found.astype(name)  # a copy of its own: the message need not stay
+        return arrays.take(name, count, place).reshape(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise OperationError(f"{where}: expected an array, not {raw!r:.80} ({error})") from None
 

@@ -17,6 +17,7 @@ from firesteel.sdk.types import ForwardBackwardOutput
 # A delivered answer stays for a client whose connection broke in the middle of it; one that nobody fetches goes too.
 DELIVERED_SECONDS = 300.0
 FORGOTTEN_SECONDS = 3600.0
+RETRIED_SECONDS = 30.0  # a client that did not get it has asked again by then
 DELIVERED_BYTES = 256 * 2**20
 DELIVERED_OF_A_SESSION = 128  # more than a client has under way at a time
 
@@ -148,11 +149,12 @@ class Answers:
                 expired = now - answer.finished > FORGOTTEN_SECONDS
             else:
                 delivered[answer.asked.session_id] += 1
-                expired = (
-                    now - answer.delivered > DELIVERED_SECONDS
-                    or kept_bytes > DELIVERED_BYTES
+                more_than_is_kept = (
+                    kept_bytes > DELIVERED_BYTES
                     or delivered[answer.asked.session_id] > DELIVERED_OF_A_SESSION
                 )
+                age = now - answer.delivered
+                expired = age > DELIVERED_SECONDS or (more_than_is_kept and age > RETRIED_SECONDS)
             if expired:
                 gone.add(answer.request_id)
         for request_id in gone:

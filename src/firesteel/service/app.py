@@ -35,13 +35,15 @@ from firesteel.service import control_plane, data_plane, operation_plane, status
 from firesteel.service import requests as bodies
 from firesteel.service.access import ACCOUNT, NO_AUTH_ACCOUNT, Unauthenticated, authenticate, is_open
 from firesteel.service.jobs import JobExists, NotFound
-from firesteel.service.service import Service
+from firesteel.service.records import DatabaseAway
+from firesteel.service.service import Busy, Service
 from firesteel.service.sessions import Place
 
 logger = logging.getLogger("firesteel.service")
 
 ROOTS = ("/api/v1", "/training/v1/rlorTrainerJobs/{account}/{job}/api/v1")
 TEND_SECONDS = 1.0
+NO_AUTH_HOSTS = ("localhost", "127.0.0.1", "::1")
 _RPC_STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}
 _RPC_STATUS |= {409: "ALREADY_EXISTS", 410: "NOT_FOUND", 413: "INVALID_ARGUMENT", 503: "UNAVAILABLE"}
 
@@ -178,6 +180,9 @@ class _Door:
         """Note whose request this is. Raises for what is refused whatever the body says."""
         headers = Headers(scope=scope)
         if self._no_auth:
+            # A page in a browser reaches loopback too, under a name of its own that it lets point there.
+            if headers.get("host", "").rpartition(":")[0].strip("[]") not in NO_AUTH_HOSTS:
+                raise AuthError("without keys this server answers to localhost, 127.0.0.1 and ::1 only")
             scope[ACCOUNT] = NO_AUTH_ACCOUNT
         elif not is_open(scope["path"]):
             scope[ACCOUNT] = await run_in_threadpool(authenticate, headers, self._service)
@@ -212,6 +217,8 @@ _STATUS: dict[type[FiresteelError], int] = {
     TrainerLost: 410,
     _TooLarge: 413,
     _Encoded: 415,
+    Busy: 429,
+    DatabaseAway: 503,
     ClosedError: 503,  # about to end: the one that a client may try again
     UserError: 400,
     # A failure of ours that a repetition would not mend: clients repeat 5xx for minutes.
@@ -225,7 +232,7 @@ def _error_response(error: FiresteelError) -> Response:
 
 
 def _response(status: int, code: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
-    retry = {"retry-after": "2"} if status == 503 else {"x-should-retry": "false"}
+    retry = {"retry-after": "2"} if status in (429, 503) else {"x-should-retry": "false"}
     content = {
         "error": {"code": code, "message": text, "status": _RPC_STATUS.get(status, "INVALID_ARGUMENT")}
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastapi.responses import Response
 from numpy.typing import ArrayLike
 
 from firesteel.catalog import load_catalog
-from firesteel.sdk.errors import FiresteelError, NonFiniteError, NotBuiltYetError, OperationError
+from firesteel.sdk.errors import FiresteelError, NonFiniteError, NotBuiltYetError, OperationError, TrainerLost
 from firesteel.sdk.operations import Forward, ForwardBackward, OptimStep, Sample
 from firesteel.sdk.types import (
     ForwardBackwardOutput,
@@ -88,7 +89,8 @@ async def session_heartbeat(body: bodies.SessionBody, place: Here, service: Serv
 @router.post("/sessions/{session_id}/finish")
 async def finish_session(session_id: str, place: Here, service: Served) -> dict[str, str]:
     """End a session and free its models."""
-    await service.end_session(service.sessions.find(session_id, place))
+    with suppress(TrainerLost):  # it has ended: that is what was asked for
+        await service.end_session(service.sessions.find(session_id, place))
     return {"status": "ok"}
 
 

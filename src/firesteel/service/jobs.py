@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from firesteel.catalog import load_catalog
 from firesteel.engine.host import devices_found
-from firesteel.sdk.errors import ConfigError, FiresteelError, OperationError
+from firesteel.sdk.errors import ClosedError, ConfigError, FiresteelError, OperationError
 from firesteel.sdk.operations import ResolveShape
 from firesteel.sdk.service_client import REFERENCE_MODES, policy_mode
 from firesteel.sdk.shapes import Mode, TrainingShape
@@ -212,13 +212,16 @@ class Jobs:
     async def _bring_up(self, job: Job) -> None:
         """Fetch the model and find out how long its sequences may be."""
         modes = REFERENCE_MODES if job.forward_only else (policy_mode(job.lora_rank),)
-        source = self._service.models.source(job.base_model, job.account)
         try:
+            source = self._service.models.source(job.base_model, job.account)
+            await self._service.models.fetch(source)
             shape = await self._service.run(ResolveShape(source, modes, job.shape), f"job {job.job_id}")
             context = min(job.max_context_length or shape.max_context_length, shape.max_context_length)
             self._records.update_job_context(job.account, job.job_id, context)
             self._used[job.account, job.job_id] = time.monotonic()
             self._came(job, JobState.RUNNING)
+        except ClosedError:
+            pass  # the server ends; the next one brings it up
         except FiresteelError as error:
             self._came(job, JobState.FAILED, str(error))
 

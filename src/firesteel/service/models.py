@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from firesteel import store
 from firesteel.catalog import load_catalog
 from firesteel.sdk.errors import ModelError, OperationError
 from firesteel.sealed import storage_errors, sync
@@ -28,9 +30,12 @@ class Models:
     """What clients may name as a base model."""
 
     def __init__(self, folder: Path, records: Records, offered: Sequence[str]) -> None:
-        """With `offered`, those and promoted ones only; without, every name of the catalogue and of the hub."""
+        """With `offered`, those and promoted ones only; without, every name of the catalogue."""
         self._folder = folder
         self._records = records
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        for left_over in (*folder.glob(".partial-*"), *folder.glob("*/.partial-*")):
+            shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
         self.offered = tuple(offered)
 
     def find(self, account: str, model_id: str) -> PromotedModel | None:
@@ -59,8 +64,11 @@ class Models:
                 f"base_model: this server trains {', '.join(self.offered)}, not {name!r}; start it with "
                 f"--base-model {name} to offer that too"
             )
-        if not self.offered and name not in load_catalog().models and _may_be_path(name):
-            raise ModelError(f"base_model: {name!r} is a path; this server offers models by their names")
+        if not self.offered and name not in (known := load_catalog().models):
+            raise ModelError(
+                f"base_model: this server trains the models of its catalogue ({', '.join(known)}), not {name!r}; start "
+                f"it with --base-model {name} to offer that"
+            )
         return name
 
     def check(self, checkpoint: Checkpoint, model_id: str) -> PromotedModel | None:
@@ -75,6 +83,15 @@ class Models:
                 f"output_model: there is a model {model_id!r} already, of {known.checkpoint}"
             )
         return known
+
+    def being_made(self, account: str, model_id: str) -> asyncio.Lock:
+        """Held while a model of this name is made: a client that does not want to wait asks once more."""
+        return self._locks.setdefault((account, model_id), asyncio.Lock())
+
+    async def fetch(self, source: str) -> None:
+        """Bring a model to this machine, beside the engine: everybody would wait for it there."""
+        entry = load_catalog().resolve_model(source)
+        await asyncio.to_thread(store.fetch, entry)
 
     def scratch(self) -> Path:
         """A folder that does not exist yet, for a model on its way to become one."""
@@ -97,13 +114,9 @@ class Models:
             checkpoint=_origin(checkpoint),
             created=now(),
         )
-        self._records.add_model(model)
+        if not self._records.add_model(model):
+            raise OperationError(f"output_model: there is a model {model_id!r} already")
         return model
-
-
-def _may_be_path(name: str) -> bool:
-    """A path would be one on this machine, and a client has no business there."""
-    return name.startswith(("/", ".", "~")) or name.endswith(".gguf") or os.path.exists(name)
 
 
 def _origin(checkpoint: Checkpoint) -> str:

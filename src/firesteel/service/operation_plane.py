@@ -33,6 +33,7 @@ from firesteel.sdk.operations import (
     SaveWeights,
     UnloadModel,
 )
+from firesteel.sdk.shapes import TrainingShape
 from firesteel.sdk.types import LoadStateResponse, SaveStateResponse, SaveWeightsResponse
 from firesteel.service.access import Here, Served
 from firesteel.service.answers import Asked
@@ -102,11 +103,15 @@ def _start(service: Service, session: Session, operation: Operation) -> Awaitabl
 def _start_unordered(service: Service, session: Session, operation: Operation) -> Awaitable[Any]:
     match operation:
         case ResolveShape():
-            source = service.models.source(operation.base_model, session.place.account)
-            return service.run(replace(operation, base_model=source), session.session_id)
+            return _resolve(service, session, operation)
         case CreateModel():
             request = ModelRequest(operation.base_model, operation.lora, operation.trainable, {})
             service.refuse_model(request, session.place.account)
+            budget = operation.activation_token_budget
+            if budget is not None and not 1 <= budget <= service.limits.activation_tokens:
+                raise OperationError(
+                    f"activation_token_budget: {budget}; 1 to {service.limits.activation_tokens} are possible here"
+                )
             return _create(service, session, operation, request)
         case CreateBaseReference():
             policy = service.sessions.model(operation.policy_id, session.place)
@@ -120,6 +125,13 @@ def _start_unordered(service: Service, session: Session, operation: Operation) -
             raise OperationError(f"{type(operation).__name__} is not an operation of clients")
 
 
+async def _resolve(service: Service, session: Session, operation: ResolveShape) -> TrainingShape:
+    source = service.models.source(operation.base_model, session.place.account)
+    await service.models.fetch(source)
+    shape: TrainingShape = await service.run(replace(operation, base_model=source), session.session_id)
+    return shape
+
+
 async def _described(making: Awaitable[ServedModel]) -> ModelDescription:
     return (await making).description
 
@@ -129,6 +141,10 @@ async def _create(
 ) -> ModelDescription:
     account, start = session.place.account, operation.start
     source = service.models.source(operation.base_model, account)
+    # A shape is what it is here, whatever a client says of it; its context may be asked for shorter.
+    shape = await service.shape_for(session, request, operation.shape.name)
+    longest = [n for n in (shape.max_context_length, operation.shape.max_context_length) if n is not None]
+    operation = replace(operation, shape=replace(shape, max_context_length=min(longest, default=None)))
     if start is None:
         return (await service.host(session, replace(operation, base_model=source), request)).description
     if not start.startswith(PREFIX):

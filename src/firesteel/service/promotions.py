@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 async def promote(service: Service, checkpoint: Checkpoint, model_id: str) -> PromotedModel:
     """Make a model of an export. An adapter also becomes a whole model: only that can be trained on."""
-    known = service.models.check(checkpoint, model_id)
-    if known is not None:
-        return known
+    async with service.models.being_made(checkpoint.account, model_id):
+        known = service.models.check(checkpoint, model_id)
+        return known if known is not None else await _promote(service, checkpoint, model_id)
+
+
+async def _promote(service: Service, checkpoint: Checkpoint, model_id: str) -> PromotedModel:
     if checkpoint.lora is None:
         return await asyncio.to_thread(service.models.promote, checkpoint, model_id, Path(checkpoint.folder))
     whole = service.models.scratch()
@@ -28,7 +31,7 @@ async def promote(service: Service, checkpoint: Checkpoint, model_id: str) -> Pr
         await _merge(service, checkpoint, LoraConfig(**checkpoint.lora), whole)
         return await asyncio.to_thread(service.models.promote, checkpoint, model_id, whole)
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, whole, ignore_errors=True)
 
 
 async def _merge(service: Service, checkpoint: Checkpoint, lora: LoraConfig, target: Path) -> None:

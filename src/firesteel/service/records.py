@@ -68,6 +68,10 @@ _DRIVERS = {
 _FORMS = "sqlite:////PATH/OF/A/FILE or postgresql://USER:PASSWORD@HOST/NAME, with %40 for an @ in a password"
 
 
+class DatabaseAway(StorageError):
+    """The database cannot be reached, read or written; it may be back in a moment."""
+
+
 class JobState(StrEnum):
     """Where a trainer job stands."""
 
@@ -153,9 +157,9 @@ def now() -> datetime:
 
 
 def default_database(home: Path | None) -> str:
-    """The URL of the database in this folder; None is FIRESTEEL_HOME."""
-    folder = store.home() if home is None else home.expanduser().absolute()
-    url = URL.create("sqlite", database=str(folder / "service" / "records.sqlite"))
+    """The URL of the database in the server's folder; None is that of FIRESTEEL_HOME."""
+    folder = store.home() / "service" if home is None else home.expanduser().absolute()
+    url = URL.create("sqlite", database=str(folder / "records.sqlite"))
     return url.render_as_string(hide_password=False)
 
 
@@ -437,8 +441,8 @@ def _is(table: Table, **wanted: str) -> ColumnElement[bool]:
     return and_(*(table.c[name] == value for name, value in wanted.items()))
 
 
-def _refused(shown: str, reason: object) -> StorageError:
-    return StorageError(
+def _refused(shown: str, reason: object) -> DatabaseAway:
+    return DatabaseAway(
         f"records {shown}: {' '.join(str(reason).split())}; see that this database can be reached and written to, "
         "or name another"
     )

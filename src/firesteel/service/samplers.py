@@ -60,21 +60,27 @@ class Samplers:
             )
             start = None if model.lora is None else folder
             operation = CreateModel(source, model.description.shape, model.lora, trainable=False, start=start)
+            await self._make_room(session)
             made = await self._service.host(session, operation, request)
         finally:
             self._service.transfers.end(account, transfer_id)
-        return await self._keep(session, f"{session.session_id}:sample:{name.replace(':', '-')}", made)
+        sampler_id = f"{session.session_id}:sample:{name.replace(':', '-')}"
+        session.samplers[sampler_id] = made.model_id
+        return sampler_id
 
     async def create(
         self, session: Session, sampler_id: str, checkpoint_path: str | None, base_model: str | None
     ) -> str:
         """A sampler of a checkpoint, or of a base."""
-        if checkpoint_path is not None:
-            return await self._keep(session, sampler_id, await self._of_checkpoint(session, checkpoint_path))
-        if base_model is None:
+        if checkpoint_path is None and base_model is None:
             raise OperationError("create_sampling_session: model_path or base_model must be given")
-        request = ModelRequest(base_model, None, False, {})
-        return await self._keep(session, sampler_id, await self._service.create_model(session, request))
+        await self._make_room(session)
+        if checkpoint_path is not None:
+            made = await self._of_checkpoint(session, checkpoint_path)
+        else:
+            made = await self._service.create_model(session, ModelRequest(str(base_model), None, False, {}))
+        session.samplers[sampler_id] = made.model_id
+        return sampler_id
 
     async def _of_checkpoint(self, session: Session, path: str) -> ServedModel:
         account = session.place.account
@@ -90,10 +96,8 @@ class Samplers:
             session, operation, ModelRequest(checkpoint.base_model, lora, False, {})
         )
 
-    async def _keep(self, session: Session, sampler_id: str, model: ServedModel) -> str:
-        session.samplers[sampler_id] = model.model_id
-        for old in list(session.samplers)[:-KEPT]:
+    async def _make_room(self, session: Session) -> None:
+        for old in list(session.samplers)[: -(KEPT - 1)]:
             forgotten = session.models.get(session.samplers.pop(old))
             if forgotten is not None:
                 await self._service.unload(forgotten)
-        return sampler_id

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -66,6 +65,12 @@ class Limits:
     """Of one file of a state or an adapter that is sent to be loaded."""
     datums: int = 4096
     models: int = 64
+    samples: int = 128
+    """Of one prompt in one request."""
+    waiting: int = 1000
+    """Operations of one session that wait for their turn."""
+    activation_tokens: int = 2**18
+    """Most tokens whose graph a model may ask to have kept."""
     gap_seconds: float = 60.0
     """How long an operation waits for an earlier number of its model."""
     session_seconds: float = 300.0
@@ -74,6 +79,12 @@ class Limits:
     """How long a forward waits for its backward."""
     poll_seconds: float = 20.0
     """How long a request for an answer is held; clients give up after 45 s."""
+
+
+class Busy(OperationError):
+    """Too much is under way; the same request may pass in a moment."""
+
+    code = "busy"
 
 
 class Service:
@@ -109,10 +120,11 @@ class Service:
     def submit(self, model: ServedModel, operation: Operation) -> Awaitable[Any]:
         """Queue an operation of a model; what cannot run is refused here, at once."""
         self.check(model, operation)
-        if isinstance(operation, Forward) and (operation.retain or operation.offer):
-            model.retained[operation.seq_id] = time.monotonic()
-        if isinstance(operation, OptimStep | LoadState):
-            model.retained.clear()
+        if self.engine.waiting().get(model.session_id, 0) >= self.limits.waiting:
+            raise Busy(
+                f"{self.limits.waiting} operations of this session wait already; send more when some are done"
+            )
+        model.note(operation)
         future = self.engine.submit(operation, model.session_id)
         return self._timed(operation, future)
 
@@ -125,6 +137,10 @@ class Service:
         if isinstance(operation, OptimStep):
             check_adam_params(operation.adam_params)
         if isinstance(operation, Sample):
+            if operation.num_samples > self.limits.samples:
+                raise OperationError(
+                    f"num_samples: {operation.num_samples}; this server draws {self.limits.samples} in one request"
+                )
             check_sampling(operation.sampling_params, operation.num_samples)
         if not isinstance(operation, DataOperation):
             return
@@ -147,7 +163,7 @@ class Service:
 
     async def create_model(self, session: Session, request: ModelRequest) -> ServedModel:
         """Load a model for a session."""
-        shape = await self._shape_for(session, request)
+        shape = await self.shape_for(session, request)
         source = self.models.source(request.base_model, session.place.account)
         operation = CreateModel(source, shape, request.lora, request.trainable)
         return await self.host(session, operation, request)
@@ -182,16 +198,20 @@ class Service:
                 "some, or start it with a larger --max-models"
             )
 
-    async def _shape_for(self, session: Session, request: ModelRequest) -> TrainingShape:
+    async def shape_for(
+        self, session: Session, request: ModelRequest, name: str | None = None
+    ) -> TrainingShape:
+        """The shape of this name, or one that fits; on a job, the job's. Fetches the model."""
         job = self.jobs.find(session.place) if session.place.job_id else None
         rank = request.lora.rank if request.lora else 0
         if job is not None:
             self.jobs.refuse_other_model(job, request.base_model, rank, request.trainable)
         modes = (policy_mode(rank),) if request.trainable else REFERENCE_MODES
         # A frozen base on a job for adapters runs where the adapters run, on the same weights.
-        named = job.shape if job is not None and (request.trainable or job.forward_only) else None
+        named = job.shape if job is not None and (request.trainable or job.forward_only) else name
         source = self.models.source(request.base_model, session.place.account)
         context = job.max_context_length if job is not None else None
+        await self.models.fetch(source)
         shape: TrainingShape = await self.run(ResolveShape(source, modes, named, None), session.session_id)
         return shape if context is None else replace(shape, max_context_length=context)
 

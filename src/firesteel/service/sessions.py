@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from firesteel.sdk.errors import AuthError, TrainerLost
-from firesteel.sdk.operations import ModelDescription
+from firesteel.sdk.operations import Backward, Forward, LoadState, ModelDescription, Operation, OptimStep
 from firesteel.sdk.types import LoraConfig
 
 
@@ -54,6 +54,18 @@ class ServedModel:
     def model_id(self) -> str:
         """Its name, here and in the engine."""
         return self.description.model_id
+
+    def note(self, operation: Operation) -> None:
+        """Keep account of the forwards that wait for a backward."""
+        match operation:
+            case Forward() if self.description.trainable and (operation.retain or operation.offer):
+                self.retained[operation.seq_id] = time.monotonic()
+            case Backward():
+                self.retained.pop(operation.of, None)
+            case OptimStep() | LoadState():
+                self.retained.clear()
+            case _:
+                pass
 
     def overdue(self, seconds: float) -> list[int]:
         """Take the forwards that have waited for their backward for longer."""

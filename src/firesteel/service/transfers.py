@@ -7,11 +7,13 @@ goes; what a trainer shall load is put here first. Nothing here outlives its cli
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,7 @@ class Transfers:
         path = self._path(account, transfer_id) if _ID.fullmatch(transfer_id) else None
         if path is None or not path.is_dir():
             raise OperationError(f"there is no transfer {transfer_id!r} here (any more); send it again")
+        os.utime(path)  # in use
         return path / "content"
 
     async def receive(
@@ -100,8 +103,9 @@ class Transfers:
         """Delete what nobody has touched for long."""
         limit = time.time() - LEFT_SECONDS
         for folder in self._folder.glob("*/*"):
-            if folder.stat().st_mtime < limit:
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another request has just ended it
+                if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < limit:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, account: str, transfer_id: str) -> Path:
         return self._folder / account / transfer_id

@@ -216,9 +216,9 @@ def main(config: Config) -> RunSummary:
         try:
             return run_once(config, losses.begun)
         except (TrainerLost, TrainerRewound) as lost:
-            losses.go_back(lost)
-            # By the code of resume: what is held in memory is ahead of the checkpoint.
-            config = config.model_copy(update={"resume": "auto"})
+            if losses.go_back(lost):
+                # By the code of resume: what is held in memory is ahead of the checkpoint.
+                config = config.model_copy(update={"resume": "auto"})
 
 
 def run_once(config: Config, begun: Callable[[], None]) -> RunSummary:

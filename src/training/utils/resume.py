@@ -7,6 +7,7 @@ where neither is right it refuses and names the flag for each.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -111,33 +112,39 @@ class Losses:
     def __init__(self, log_path: str, verb: str) -> None:
         """`verb` is the recipe's name on the command line, for what people are told to run."""
         self._run = Path(log_path)
-        self._command = f"firesteel {verb} {self._run / 'config.json'}"
+        self._command = shlex.join(["firesteel", verb, str(self._run / "config.json")])
         self._begun = False
-        self._at = -1
+        self._at = -2
         self._count = 0
 
     def begun(self) -> None:
         """From now on the folder's checkpoints are those of this run."""
         self._begun = True
 
-    def go_back(self, lost: TrainerLost | TrainerRewound) -> None:
-        """Raise `TrainerLost` where there is no checkpoint, or nothing has been won since the last losses."""
-        if not self._begun:
-            raise TrainerLost(f"{lost}. Nothing was trained yet; start the run again") from lost
-        whole = [e for e in found_in(self._run) if damage(self._run / e.path, names=(NOTES,)) is None]
-        if not whole:
-            raise TrainerLost(
-                f"{lost}. The run has no checkpoint to go back to; start it again: {self._command}"
-            ) from lost
-        newest = whole[-1].step
+    def go_back(self, lost: TrainerLost | TrainerRewound) -> bool:
+        """Whether to take up the newest checkpoint; False = nothing has begun, try the same once more.
+
+        Raises `TrainerLost` where there is no checkpoint, or nothing has been won since the last losses.
+        """
+        newest = self._newest(lost) if self._begun else -1
         self._count = self._count + 1 if newest == self._at else 1
         self._at = newest
         if self._count > self.MOST_WITHOUT_PROGRESS:
             raise TrainerLost(
-                f"{lost}. That was the {self._count}th time since the checkpoint of step {newest}: look at the "
-                f"server, then go on with: {self._command}"
+                f"{lost}. That was the {self._count}th time without a step in between: look at the server, then go on "
+                f"with: {self._command}"
             ) from lost
-        logger.warning("%s; the run goes back to its checkpoint of step %d", lost, newest)
+        where = f"goes back to its checkpoint of step {newest}" if self._begun else "loads its models again"
+        logger.warning("%s; the run %s", lost, where)
+        return self._begun
+
+    def _newest(self, lost: TrainerLost | TrainerRewound) -> int:
+        whole = [e for e in found_in(self._run) if damage(self._run / e.path, names=(NOTES,)) is None]
+        if whole:
+            return whole[-1].step
+        raise TrainerLost(
+            f"{lost}. The run has no checkpoint to go back to; start it again: {self._command}"
+        ) from lost
 
 
 def first_day(log_path: str, resume: str) -> date | None:

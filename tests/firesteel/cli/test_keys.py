@@ -70,7 +70,10 @@ def test_the_database_is_that_of_the_home_unless_another_is_named(tmp_path: Path
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.sqlite"
     assert firesteel("create", FIRESTEEL_HOME=str(tmp_path)).returncode == 0
     assert firesteel("create", "--database", elsewhere, "--account", "there").returncode == 0
-    with closing(Records.open(default_database(tmp_path))) as here, closing(Records.open(elsewhere)) as there:
+    with (
+        closing(Records.open(default_database(tmp_path / "service"))) as here,
+        closing(Records.open(elsewhere)) as there,
+    ):
         assert [key.account == "there" for key in (*here.keys(), *there.keys())] == [False, True]
 
 

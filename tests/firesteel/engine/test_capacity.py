@@ -44,7 +44,7 @@ def test_as_many_models_are_loaded_as_fit_and_the_next_is_refused_with_the_numbe
     engine: Engine, llama_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = 4 * weights_of(llama_folder)
-    monkeypatch.setattr(host, "capacity_of", lambda device: int(9.5 * one))
+    monkeypatch.setattr(host, "capacity_of", lambda device: int(11.5 * one))
     service = ServiceClient(engine)
     first, second = (service.create_training_client(llama_folder, 0) for _ in range(2))  # 4 times one each
     adapter = service.create_training_client(llama_folder, lora_config=LoraConfig(2))

@@ -601,3 +601,15 @@ def test_a_stored_model_with_a_flipped_bit_is_refused_before_it_is_used(
     weights.write_bytes(content)
     with pytest.raises(ModelError, match="does not have the content it was stored with"):
         create(engine, "tiny-llama")
+
+
+def test_what_stands_behind_a_number_that_was_given_up_runs(engine: Engine, llama_folder: str, rng) -> None:
+    """Once it waited for itself."""
+    model, data = create(engine, llama_folder), tuple(make_pairs(rng, 1))
+    early = engine.submit(Forward(model, 2, data))
+    time.sleep(0.15)
+    late = engine.submit(Forward(model, 3, data))
+    engine.give_up_gaps(0.1)
+    with pytest.raises(OperationError, match=r"seq_id 1 has not come within 0\.1 s"):
+        early.result(10)
+    assert late.result(10).metrics["loss:sum"] > 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -17,9 +18,11 @@ from firesteel.sdk import (
     AdamParams,
     ClosedError,
     Datum,
+    FiresteelError,
     LoraConfig,
     ModelInput,
     OperationError,
+    SamplingParams,
     ServiceClient,
     TensorData,
     TrainingClient,
@@ -392,6 +395,60 @@ def test_calls_return_at_once_and_run_in_the_order_they_were_made(make, data) ->
         waited.forward_backward(data).result()
         waited.optim_step(SGD_LIKE).result()
     assert np.array_equal(logprobs_of(queued, data), logprobs_of(waited, data))
+
+
+def test_what_has_no_number_sees_the_weights_of_its_place_among_the_calls(make, data) -> None:
+    queued, waited = make(), make()
+    greedy = SamplingParams(max_tokens=4, temperature=0.0)
+    samples, identities = [], []
+    for _ in range(3):
+        queued.forward_backward(data)
+        samples.append(queued.sample([5, 6, 7], sampling_params=greedy))
+        identities.append(queued.identify())
+        queued.optim_step(AdamParams(0.3))
+    for sample, identity in zip(samples, identities, strict=True):
+        waited.forward_backward(data).result()
+        assert sample.sequences == waited.sample([5, 6, 7], sampling_params=greedy).sequences
+        assert identity.result() == waited.identify().result()
+        waited.optim_step(AdamParams(0.3)).result()
+
+
+def test_a_state_is_loaded_that_is_still_being_saved(make, data, tmp_path) -> None:
+    client, other = make(), make()
+    client.forward_backward(data)
+    client.optim_step(AdamParams(0.1))
+    client.save_state(tmp_path / "state")
+    client.forward_backward(data)
+    client.optim_step(AdamParams(0.1))
+    client.load_state_with_optimizer(tmp_path / "state")
+    other.load_state_with_optimizer(tmp_path / "state").result()
+    assert np.array_equal(logprobs_of(client, data), logprobs_of(other, data))
+
+
+def test_notes_are_whatever_json_can_say(client, tmp_path) -> None:
+    notes = {
+        "rng": 2**70,
+        "text": "\ud800 ä",
+        "nested": {"@": ["float32", [2], 0]},
+        "none": None,
+        "list": [1.5, True],
+    }
+    client.save_state(tmp_path / "state", notes).result()
+    assert json.loads((tmp_path / "state/notes.json").read_bytes()) == notes
+
+
+@pytest.mark.parametrize("content", [None, "no state"], ids=["missing", "something else"])
+def test_a_state_that_is_none_is_named_and_the_client_goes_on(client, data, tmp_path, content) -> None:
+    folder = tmp_path / "there"
+    if content is not None:
+        folder.mkdir()
+        (folder / "a file with spaces").write_text(content)
+        (folder / ".gitattributes").write_text(content)
+    failed = client.load_state_with_optimizer(folder)
+    after = client.forward(data)
+    with pytest.raises(FiresteelError):
+        failed.result()
+    assert len(after.result(30).loss_fn_outputs) == len(data)
 
 
 def test_gradients_of_several_calls_add_and_nothing_is_divided(make, data) -> None:

