@@ -234,7 +234,7 @@ def standing(
     try:
         with (
             service_in(folder, *base_models, engine=engine, limits=limits) as service,
-            TestClient(build_app(service, no_auth), "http://in-process") as http,
+            TestClient(build_app(service, no_auth), "http://localhost") as http,
         ):
             yield Standing(service, engine, http)
     finally:

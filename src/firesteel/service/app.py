@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 from fastapi import FastAPI, Request
@@ -181,7 +182,7 @@ class _Door:
         headers = Headers(scope=scope)
         if self._no_auth:
             # A page in a browser reaches loopback too, under a name of its own that it lets point there.
-            if headers.get("host", "").rpartition(":")[0].strip("[]") not in NO_AUTH_HOSTS:
+            if _host_of(headers) not in NO_AUTH_HOSTS:
                 raise AuthError("without keys this server answers to localhost, 127.0.0.1 and ::1 only")
             scope[ACCOUNT] = NO_AUTH_ACCOUNT
         elif not is_open(scope["path"]):
@@ -199,6 +200,13 @@ class _Door:
         # By the method, too: a job may be called transfers.
         is_file = scope["method"] == "PUT" and "/api/v1/transfers/" in scope["path"]
         return limits.transfer_bytes if is_file else limits.body_bytes
+
+
+def _host_of(headers: Headers) -> str | None:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 class _TooLarge(OperationError):

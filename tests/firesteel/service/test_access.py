@@ -114,6 +114,12 @@ def test_without_authentication_everything_belongs_to_one_account(tmp_path: Path
         assert client.account == "local"
         assert client.model(llama_folder).model_id
         assert stand.http.get("/v1/accounts").json() == {"accounts": [{"name": "accounts/local"}]}
+        # A page in a browser that has its own name point to this machine.
+        for host in ("evil.example:8350", "127.0.0.1.example.org", "", "["):
+            answer = stand.http.get("/v1/accounts", headers={"host": host})
+            assert answer.status_code == 403, host
+        for host in ("127.0.0.1:8350", "[::1]:8350", "localhost"):
+            assert stand.http.get("/v1/accounts", headers={"host": host}).status_code == 200, host
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", "127.0.0.1.example.org", ""])
