@@ -14,6 +14,7 @@ FIRESTEEL_CATALOG extends it and may replace entries name by name; relative path
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,15 +239,21 @@ def load_catalog() -> Catalog:
 
     Raises ConfigError, naming file, entry and key, for a file that is missing or is no catalogue.
     """
-    built_in = _read(_BUILT_IN)
+    built_in = _read_once(_BUILT_IN, _BUILT_IN.stat().st_mtime_ns)
     named = os.environ.get(CATALOG_VARIABLE)
     if not named:
         return built_in
     file = Path(named).expanduser().absolute()
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file; {CATALOG_VARIABLE} names it as the catalogue")
-    extra = _read(file)
+    extra = _read_once(file, file.stat().st_mtime_ns)
     return Catalog({**built_in.models, **extra.models}, {**built_in.shapes, **extra.shapes}, file)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(file: Path, changed_ns: int) -> Catalog:
+    """A file as it was when it was changed last: a server asks at every request."""
+    return _read(file)
 
 
 def _read(file: Path) -> Catalog:

@@ -7,18 +7,19 @@ import hashlib
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from firesteel.sdk.errors import AuthError, OperationError, TrainerLost
-from firesteel.sdk.types import ForwardBackwardOutput
+from firesteel.sdk.types import Examined, ForwardBackwardOutput
 
 # A delivered answer stays for a client whose connection broke in the middle of it; one that nobody fetches goes too.
 DELIVERED_SECONDS = 300.0
 FORGOTTEN_SECONDS = 3600.0
 RETRIED_SECONDS = 30.0  # a client that did not get it has asked again by then
 DELIVERED_BYTES = 256 * 2**20
+KEPT_BYTES = 2**30
 DELIVERED_OF_A_SESSION = 128  # more than a client has under way at a time
 
 
@@ -72,10 +73,13 @@ class Answer:
         """Of the arrays that it keeps."""
         if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
             return 0
-        result = self.future.result()
-        if not isinstance(result, ForwardBackwardOutput):
-            return 0
-        return sum(t.to_numpy().nbytes for output in result.loss_fn_outputs for t in output.values())
+        match self.future.result():
+            case ForwardBackwardOutput() as output:
+                return sum(t.to_numpy().nbytes for values in output.loss_fn_outputs for t in values.values())
+            case Examined() as examined:
+                return sum(values.nbytes for values in examined.logprobs)
+            case _:
+                return 0
 
 
 class Answers:
@@ -136,17 +140,26 @@ class Answers:
         """Wait for what is left of all that is under way."""
         await asyncio.gather(*(answer.future for answer in self._answers.values()), return_exceptions=True)
 
+    def forget(self, session_id: str) -> None:
+        """Drop what is there for a session that has ended; what is still under way will be swept."""
+        of_it = [a for a in self._answers.values() if a.asked.session_id == session_id and a.finished]
+        self._drop(of_it)
+
+    def _drop(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            del self._answers[answer.request_id], self._keys[answer.asked.key]
+
     def sweep(self) -> None:
         """Forget what has been delivered for a while, or is more than is kept, and what nobody came for."""
         now, kept_bytes = time.monotonic(), 0
         delivered: Counter[str] = Counter()
-        gone = set()
+        gone = []
         for answer in reversed(self._answers.values()):
             if answer.finished is None:
                 continue
             kept_bytes += answer.bytes
             if answer.delivered is None:
-                expired = now - answer.finished > FORGOTTEN_SECONDS
+                expired = now - answer.finished > FORGOTTEN_SECONDS or kept_bytes > KEPT_BYTES
             else:
                 delivered[answer.asked.session_id] += 1
                 more_than_is_kept = (
@@ -156,6 +169,5 @@ class Answers:
                 age = now - answer.delivered
                 expired = age > DELIVERED_SECONDS or (more_than_is_kept and age > RETRIED_SECONDS)
             if expired:
-                gone.add(answer.request_id)
-        for request_id in gone:
-            del self._keys[self._answers.pop(request_id).asked.key]
+                gone.append(answer)
+        self._drop(gone)

@@ -170,7 +170,7 @@ class Jobs:
 
     async def tend(self) -> None:
         """Stop what has been idle for longer than its client allowed, and bring up what an ended server did not."""
-        for job in self._records.jobs():
+        for job in await asyncio.to_thread(self._records.jobs):
             place = Place(job.account, job.job_id)
             if job.state in (JobState.PENDING, JobState.CREATING):
                 self._bringing_up(job)

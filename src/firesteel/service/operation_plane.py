@@ -158,7 +158,7 @@ async def _create(
             begun = replace(operation, base_model=source, start=str(folder))
             return (await service.host(session, begun, request)).description
         finally:
-            service.transfers.end(account, transfer_id)
+            await run_in_threadpool(service.transfers.end, account, transfer_id)
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _load(service: Service, model: ServedModel, operation: LoadState) -> Awaitab
             try:
                 answer: LoadStateResponse = await loading
             finally:
-                service.transfers.end(account, transfer_id)
+                await run_in_threadpool(service.transfers.end, account, transfer_id)
         return replace(answer, path=operation.path)
 
     return loaded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ class Samplers:
             await self._make_room(session)
             made = await self._service.host(session, operation, request)
         finally:
-            self._service.transfers.end(account, transfer_id)
+            await asyncio.to_thread(self._service.transfers.end, account, transfer_id)
         sampler_id = f"{session.session_id}:sample:{name.replace(':', '-')}"
         session.samplers[sampler_id] = made.model_id
         return sampler_id

@@ -36,7 +36,10 @@ class JSONLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         message = record.getMessage()
-        fields = json.loads(message) if message.startswith("{") else {"message": message}
+        try:
+            fields = json.loads(message) if message.startswith("{") else {"message": message}
+        except ValueError:
+            fields = {"message": message}
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), **fields}
         if record.exc_info:
             line["failed"] = self.formatException(record.exc_info)
@@ -62,10 +65,11 @@ def run_server(settings: Settings, listening: socket.socket) -> None:
     """Serve on this socket until a signal; then the running operation ends, and what was promised to be saved is."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
-    service_log = logging.getLogger("firesteel.service")
-    service_log.addHandler(handler)
-    service_log.setLevel(logging.INFO)
-    service_log.propagate = False
+    for name in ("firesteel", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO if name == "firesteel" else logging.WARNING)
+        log.propagate = False
     service = Service(settings.home, settings.records, settings.base_models, settings.limits)
     config = uvicorn.Config(
         build_app(service, settings.no_auth),

@@ -1,7 +1,7 @@
 """What a server does for its clients, whichever wire they speak: sessions and models over one engine.
 
-Runs in one event loop; the engine has its own thread. Every operation goes through `Service.run`, under the lane of
-its session: the engine takes turns between sessions.
+Runs in one event loop; the engine has its own thread. Operations of a model go through `Service.submit`, others through
+`Service.run`, in the lane of their session: the engine takes turns between these.
 """
 
 from __future__ import annotations
@@ -233,6 +233,7 @@ class Service:
         self.sessions.end(session)
         for model_id in list(session.models):
             await self._free(model_id, session)
+        self.answers.forget(session.session_id)
 
     async def _free(self, model_id: str, session: Session) -> None:
         try:
@@ -301,6 +302,7 @@ class Service:
                 for seq_id in model.overdue(self.limits.retained_seconds):
                     self.beside(self._release(model, seq_id))
         await self.jobs.tend()
+        await asyncio.to_thread(self.transfers.sweep)
 
     async def _release(self, model: ServedModel, seq_id: int) -> None:
         with suppress(FiresteelError):  # it may have been unloaded meanwhile

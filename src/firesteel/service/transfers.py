@@ -45,7 +45,6 @@ class Transfers:
 
     def new(self, account: str) -> str:
         """Make room for one folder, and say by which id it goes."""
-        self.sweep()
         transfer_id = secrets.token_hex(16)
         self._path(account, transfer_id).mkdir(parents=True)
         return transfer_id
