@@ -180,6 +180,7 @@ class Host:
 
     def _create_model(self, operation: CreateModel) -> ModelDescription:
         owns_weights = operation.lora is None and (operation.trainable or operation.start is not None)
+        self._finish_writing()
         start = read_start(Path(operation.start), operation.lora) if operation.start is not None else None
         description = self._host(self._load(operation, owns_weights), operation)
         if (
@@ -357,6 +358,7 @@ class Host:
 
     def _load_state(self, operation: LoadState) -> LoadStateResponse:
         model, folder = self._model(operation.model_id), Path(operation.path)
+        self._finish_writing()
         if operation.optimizer or is_state(folder):
             differences = model.trainer.load_state(read_state(folder, operation.optimizer))
         else:
@@ -379,6 +381,10 @@ class Host:
             loss = built_in_loss("cross_entropy", (datum,), None)
             scored = model.trainer.forward(_sequences(model, (datum,), False), loss).logprobs[0].tolist()
         return SampleResponse(sequences, [None, *scored])
+
+    def _finish_writing(self) -> None:
+        """Wait for the states that are being written: one of them may be what is read next."""
+        self._writer.submit(lambda: None).result()
 
     def _model(self, model_id: str) -> HostedModel:
         if model_id not in self.models:

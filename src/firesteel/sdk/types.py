@@ -64,7 +64,10 @@ class TensorData:
             raise OperationError(f"TensorData.dtype: {wanted!r} is not one of 'float32', 'int64'")
         if wanted == "int64":
             _refuse_what_int64_lacks(array)
-        array = array.astype(wanted, copy=False)
+        with np.errstate(
+            over="ignore"
+        ):  # what is too large becomes infinite, and is refused where it matters
+            array = array.astype(wanted, copy=False)
         if shape is not None and tuple(shape) != array.shape:
             array = array.reshape(tuple(shape))
         object.__setattr__(self, "_array", array)

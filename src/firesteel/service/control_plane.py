@@ -5,6 +5,7 @@ Synchronous JSON under `/v1`. These clients repeat 408, 429 and 5xx for five min
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from datetime import UTC, datetime
@@ -17,9 +18,9 @@ from pydantic.alias_generators import to_camel
 from firesteel.catalog import load_catalog
 from firesteel.sdk.errors import ConfigError, ModelError, OperationError
 from firesteel.sdk.shapes import TrainingShape
+from firesteel.service import promotions
 from firesteel.service.access import Account, Served, refuse_other_account
 from firesteel.service.jobs import IDLE_SECONDS, LONGEST_IDLE_SECONDS, JobRequest, NotFound
-from firesteel.service.promotions import promote
 from firesteel.service.records import Checkpoint, Job, PromotedModel
 from firesteel.service.service import model_name
 from firesteel.service.sessions import Place
@@ -264,7 +265,31 @@ async def promote_checkpoint(
     if not body.output_model.startswith(prefix):
         raise OperationError(f"output_model: {body.output_model!r}; expected {prefix}<id>")
     model_id = body.output_model.removeprefix(prefix)
-    return {"model": _model(await promote(service, exports[-1], model_id))}
+    promotion = service.promotions.begin(exports[-1], model_id)
+    await asyncio.wait([promotion], timeout=promotions.WAIT_SECONDS)
+    if promotion.done():
+        return {"model": _model(promotion.result())}
+    return {"operation": _operation(account, model_id, promotion)}
+
+
+@router.get("/accounts/{owner}/operations/{operation}")
+async def get_operation(owner: str, operation: str, account: Account, service: Served) -> dict[str, Any]:
+    """A promotion that takes longer than its request was held."""
+    refuse_other_account(owner, account)
+    promotion = service.promotions.find(account, operation)
+    if promotion is None:
+        raise NotFound(f"there is no operation {operation!r} here; ask for the promotion again")
+    return _operation(account, operation, promotion)
+
+
+def _operation(account: str, model_id: str, promotion: asyncio.Task[PromotedModel]) -> dict[str, Any]:
+    told: dict[str, Any] = {"name": f"accounts/{account}/operations/{model_id}", "done": promotion.done()}
+    if not promotion.done():
+        return told
+    failed = promotion.exception()
+    if failed is not None:
+        return told | {"error": {"code": 9, "message": str(failed)}}
+    return told | {"response": _model(promotion.result())}
 
 
 @router.get("/accounts/{owner}/models/{model}")

@@ -33,7 +33,6 @@ class Models:
         """With `offered`, those and promoted ones only; without, every name of the catalogue."""
         self._folder = folder
         self._records = records
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         for left_over in (*folder.glob(".partial-*"), *folder.glob("*/.partial-*")):
             shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
         self.offered = tuple(offered)
@@ -83,10 +82,6 @@ class Models:
                 f"output_model: there is a model {model_id!r} already, of {known.checkpoint}"
             )
         return known
-
-    def being_made(self, account: str, model_id: str) -> asyncio.Lock:
-        """Held while a model of this name is made: a client that does not want to wait asks once more."""
-        return self._locks.setdefault((account, model_id), asyncio.Lock())
 
     async def fetch(self, source: str) -> None:
         """Bring a model to this machine, beside the engine: everybody would wait for it there."""

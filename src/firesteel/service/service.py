@@ -46,6 +46,7 @@ from firesteel.service.checkpoints import Checkpoints, Kind, tinker_path
 from firesteel.service.jobs import Jobs
 from firesteel.service.metrics import Metrics
 from firesteel.service.models import Models
+from firesteel.service.promotions import Promotions
 from firesteel.service.records import Records
 from firesteel.service.samplers import Samplers
 from firesteel.service.sessions import ModelRequest, ServedModel, Session, Sessions
@@ -110,6 +111,7 @@ class Service:
         self.jobs = Jobs(records, self)
         self.models = Models(home / "models", records, base_models)
         self.samplers = Samplers(self)
+        self.promotions = Promotions(self)
         self._being_made = 0
         self._beside: set[asyncio.Task[None]] = set()
 

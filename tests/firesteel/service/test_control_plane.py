@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import make_pairs
-from firesteel.service import app, jobs
+from firesteel.service import app, jobs, promotions
 from firesteel.service.records import JobState, Records
 from stock import ADAM, SGD_LIKE, Failure, Refusal, Standing, Stock, StockModel, as_json, standing
 
@@ -551,3 +551,21 @@ def test_models_by_name(llama_folder: str, data, monkeypatch: pytest.MonkeyPatch
             assert refusal(lambda u=unknown: client.get(f"/v1/{u}")).status == 404
         assert client.create_job("by-name", name, rank=2)["state"] == "JOB_STATE_RUNNING"
         assert client.at_job("by-name").model(name, 2).forward(data)["loss_fn_outputs"]
+
+
+def test_a_promotion_that_takes_long_is_an_operation_to_ask_for(
+    client: Stock, trained: StockModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.run("save_weights_for_sampler", {"path": "out"})
+    monkeypatch.setattr(promotions, "WAIT_SECONDS", 0.0)
+    told = [promote(client, "out", "mine")["operation"] for _ in range(2)]  # repeated: the same one
+    assert {operation["name"] for operation in told} == {f"accounts/{client.account}/operations/mine"}
+    assert told[0]["done"] is False
+    for _ in range(200):
+        operation = client.control("GET", "operations/mine")
+        if operation["done"]:
+            break
+        time.sleep(0.05)
+    assert operation["response"]["name"] == f"accounts/{client.account}/models/mine"
+    assert promote(client, "out", "mine").keys() <= {"model", "operation"}
+    assert client.ask("GET", f"/v1/accounts/{client.account}/operations/another").status_code == 404
