@@ -17,7 +17,7 @@ from typing import Any
 
 from firesteel.catalog import load_catalog
 from firesteel.engine.engine import Engine
-from firesteel.sdk.errors import FiresteelError, OperationError, TrainerLost
+from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, TrainerLost
 from firesteel.sdk.operations import (
     CreateBaseReference,
     CreateModel,
@@ -47,7 +47,7 @@ from firesteel.service.jobs import Jobs
 from firesteel.service.metrics import Metrics
 from firesteel.service.models import Models
 from firesteel.service.promotions import Promotions
-from firesteel.service.records import Records
+from firesteel.service.records import DatabaseAway, Records
 from firesteel.service.samplers import Samplers
 from firesteel.service.sessions import ModelRequest, ServedModel, Session, Sessions
 from firesteel.service.transfers import Transfers
@@ -250,7 +250,12 @@ class Service:
         task.add_done_callback(self._beside.discard)
 
     def refuse(self, model: ServedModel, seq_id: int, error: FiresteelError) -> None:
-        """Use up the number of a request that was refused: its client counts on from it."""
+        """Use up the number of a request that was refused: its client counts on from it.
+
+        Unless it was told to come back: then the same number comes again.
+        """
+        if isinstance(error, Busy | DatabaseAway | ClosedError):
+            return
         with suppress(OperationError):  # the number may be that of a request that was accepted
             self.engine.submit(Refused(model.model_id, seq_id, str(error)), model.session_id)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import VOCABULARY, make_pairs
+from firesteel.service.service import Limits
 from stock import ADAM, Failure, Refusal, Standing, StockModel, as_json, call, standing, text
 from transports import RecordingEngine
 
@@ -188,3 +190,22 @@ def test_a_user_who_asks_again_and_again_gets_in_between(stand: Standing, llama_
     assert engine.ran.count(greedy.session) < 40
     assert between(engine.ran, modest.session, {greedy.session})
     greedy.client.result(promises[-1])
+
+
+def test_a_user_who_queues_too_much_is_told_to_come_back_and_loses_no_number(
+    tmp_path: Path, llama_folder: str, rows
+) -> None:
+    with standing(tmp_path, llama_folder, limits=Limits(waiting=2)) as stand:
+        model = stand.client().model(llama_folder, 2)
+        forward = {"forward_input": call(rows[0])}
+        promises: list[dict[str, Any]] = []
+        refusals: list[Refusal] = []
+        while len(promises) < 30:
+            try:
+                promises.append(model.send("forward", forward, seq=len(promises) + 1))
+            except Refusal as refusal:
+                refusals.append(refusal)
+        results = [model.client.result(promise) for promise in promises]
+    assert all(result["loss_fn_outputs"] == results[0]["loss_fn_outputs"] for result in results)
+    assert {refusal.status for refusal in refusals} == {429}
+    assert all(int(refusal.headers["retry-after"]) > 0 for refusal in refusals)
