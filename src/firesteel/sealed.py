@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from firesteel.sdk.errors import StorageError
+from firesteel.sdk.errors import FiresteelError, StorageError
 
 MANIFEST = "manifest.json"
 # What a refusal to write is raised as: libraries that write safetensors do not raise the system's own.
@@ -183,7 +183,7 @@ def storage_errors(target: Path, bytes_needed: int) -> Iterator[None]:
     """The system's refusals to write as one error that names the path and what it needs."""
     try:
         yield
-    except StorageError:
+    except FiresteelError:  # some of ours are the system's kind of error, too
         raise
     except WRITE_ERRORS as error:
         raise StorageError(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firesteel.sdk import StorageError
-from firesteel.sealed import MANIFEST, damage, new_folder, remove_folder, replace_file, sweep
+from firesteel.sdk import StorageError, TransportError
+from firesteel.sealed import MANIFEST, damage, new_folder, remove_folder, replace_file, storage_errors, sweep
 
 
 def write(target: Path, **files: bytes) -> None:
@@ -99,3 +99,8 @@ def test_leftovers_of_the_killed_are_swept_and_nothing_else(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     remove_folder(tmp_path / "whole")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="the server is gone"), storage_errors(tmp_path / "a", 1):
+        raise TransportError("the server is gone")  # a ConnectionError, so an OSError

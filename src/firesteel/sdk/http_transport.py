@@ -182,10 +182,10 @@ class HTTPTransport:
         try:
             return self._exchange_in(session_id, operation, content)
         except TrainerLost:
-            self._forget_session(session_id)
-            # A session without models is nothing to lose: a new one will do.
+            # It may be one model that is gone, and others of this session live by its heartbeat.
             if not isinstance(operation, ResolveShape | CreateModel):
                 raise
+            self._forget_session(session_id)
             return self._exchange_in(self._session(), operation, content)
 
     def _exchange_in(self, session_id: str, operation: Operation, content: bytes) -> Any:
