@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from runs import config, outcome
 from firesteel.sdk import http_connection
 from firesteel.sdk.operations import OptimStep
 from training.recipes.dpo_loop import main
+from training.utils.checkpoints import listed_in
 from transports import RecordingEngine, service_in, serving
 
 pytestmark = pytest.mark.slow
@@ -31,9 +33,11 @@ def test_a_network_that_spoils_every_request_once_changes_nothing(
 ) -> None:
     record = Record(f"network: {fault}, every request of a run once")
     whole, spoiled = (config(tmp_path / name, 12, **SETTINGS) for name in ("whole", "spoiled"))
+    # Homes of their own: what earlier tests have left in a reference cache was computed with other rows beside it.
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
     main(whole)
     monkeypatch.setattr(http_connection, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))  # the reference is asked, too
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "another home"))  # the reference is asked, too
     engine = RecordingEngine()
     record.tried()
     with (
@@ -51,6 +55,14 @@ def test_a_network_that_spoils_every_request_once_changes_nothing(
     record.survived()
 
 
+def wait_for_a_checkpoint(run: Path, client: subprocess.Popen[str]) -> None:
+    """Before its first there is nothing to go back to, and the run would end."""
+    give_up = time.monotonic() + 120
+    while not listed_in(run) and client.poll() is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
 def test_a_run_whose_server_is_killed_again_and_again_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chance: random.Random, rank: int
@@ -66,10 +78,10 @@ def test_a_run_whose_server_is_killed_again_and_again_ends_with_the_same_bits(
     for _ in range(TRIES):
         with served(tmp_path / "served", port) as server:
             record.tried()
+            wait_for_a_checkpoint(run, client)
             # Some are hit while the run comes back to them, most in the middle of its steps.
-            until = steps_of(run) + chance.randint(-2, 5)
-            limit = time.monotonic() + chance.uniform(4, 12)
-            while steps_of(run) < until and time.monotonic() < limit and client.poll() is None:
+            step, limit = steps_of(run) + chance.randint(-2, 5), time.monotonic() + chance.uniform(4, 12)
+            while steps_of(run) < step and time.monotonic() < limit and client.poll() is None:
                 time.sleep(0.005)
             time.sleep(chance.uniform(0, 0.1))
             assert client.poll() is None, finish(client)[1]
@@ -79,7 +91,7 @@ def test_a_run_whose_server_is_killed_again_and_again_ends_with_the_same_bits(
     with served(tmp_path / "served", port):
         status, said = finish(client)
     assert status == 0, said
-    assert re.search(r"the run goes back to its checkpoint of step \d+", said), said
+    assert re.search(r"the run (goes back to its checkpoint of step \d+|loads its models again)", said), said
     assert outcome(disturbed) == outcome(whole)
 
 

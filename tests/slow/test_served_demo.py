@@ -27,14 +27,21 @@ def settings(folder: Path) -> Config:
     return Config(**{**demo, **paths, "max_pairs": 16, "sample_max_tokens": 16})
 
 
+def set_cache_aside(folder: Path) -> None:
+    """So that the next run asks its reference itself: what is cached may have been computed with other rows beside it."""
+    folder.mkdir()
+    for path in home().glob("reference_cache.sqlite*"):
+        path.rename(folder / path.name)
+
+
 def test_the_demo_against_a_server_has_the_numbers_of_the_demo_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = settings(tmp_path / "here"), settings(tmp_path / "there")
+    set_cache_aside(tmp_path / "earlier")
     status, said = run(here)
     assert status == 0, said
-    for path in home().glob("reference_cache.sqlite*"):
-        path.rename(tmp_path / path.name)  # the other one asks its reference itself
+    set_cache_aside(tmp_path / "here's")
     port = free_port()
     monkeypatch.setenv("FIRESTEEL_BASE_URL", f"http://127.0.0.1:{port}")
     with served(tmp_path / "served", port, "smollm2-135m-instruct"):

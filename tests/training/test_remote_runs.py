@@ -47,8 +47,10 @@ def test_a_run_against_a_server_is_the_run_in_this_process_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, rank: int
 ) -> None:
     here, there = (config(tmp_path / name, 8, lora_rank=rank, **SETTINGS) for name in ("here", "there"))
+    # Homes of their own: what is cached already was computed with other rows beside it.
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
     main(here)
-    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "another home"))  # its reference is asked anew
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "another home"))
     monkeypatch.setenv("FIRESTEEL_BASE_URL", server.url)
     monkeypatch.setenv("FIRESTEEL_API_KEY", server.key)
     main(there)
