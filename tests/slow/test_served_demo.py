@@ -28,7 +28,7 @@ def settings(folder: Path) -> Config:
 
 
 def set_cache_aside(folder: Path) -> None:
-    """So that the next run asks its reference itself: what is cached may have been computed with other rows beside it."""
+    """The next run asks its reference itself: what is cached may have been computed with other rows beside it."""
     folder.mkdir()
     for path in home().glob("reference_cache.sqlite*"):
         path.rename(folder / path.name)
