@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from contextlib import closing
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sides import RATE, Measured, Task
+from sides import RATE, Measured, Task, peak_gib
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from training.recipes.dpo_loop import Config, build_service, main
 from training.utils import build_service_client
@@ -26,13 +25,13 @@ from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 
-ROWS = 1000
+ROWS = {"cpu": 1000, "cuda": 16384}
 """Tokens of the products that the machine's rate is measured with: about those of a pass."""
 
 
 def run(task: Task) -> Measured:
     """Train once; a warm run has the reference asked first, untimed."""
-    os.environ["FIRESTEEL_HOME"] = str(task.folder / "home")
+    os.environ |= {"FIRESTEEL_HOME": str(task.folder / "home"), "FIRESTEEL_DEVICE": task.device}
     config = Config(
         log_path=str(task.folder / "run"),
         base_model=str(task.model),
@@ -45,14 +44,12 @@ def run(task: Task) -> Measured:
     )
     if task.warm:
         fill_reference_cache(config)
-    rate_before = linear_rate(task.model, ROWS)
+    rate_before = linear_rate(task)
     summary = main(config)
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )  # before models are loaded to be counted
+    peak = peak_gib(task.device)
     steps = [json.loads(line) for line in (task.folder / "run/metrics.jsonl").read_text().splitlines()]
     computed = sum(step["train/computed_tokens"] for step in steps)
-    rate = (rate_before + linear_rate(task.model, ROWS)) / 2  # the machine is not as fast at all times
+    rate = (rate_before + linear_rate(task)) / 2  # the machine is not as fast at all times
     useful = useful_flops(task, computed, sum(step["train/scored_tokens"] for step in steps))
     return Measured(
         side="firesteel",
@@ -62,6 +59,7 @@ def run(task: Task) -> Measured:
         losses=[step["train/dpo_loss"] for step in steps],
         peak_gib=peak,
         threads=torch.get_num_threads(),
+        step_seconds=[step["train/step_time_sec"] for step in steps],
         useful_share=useful / sum(step["train/step_time_sec"] for step in steps) / rate,
         wait_share=sum(step["train/data_wait_sec"] for step in steps) / summary.training_seconds,
         linear_gflops=rate / 1e9,
@@ -80,7 +78,8 @@ def fill_reference_cache(config: Config) -> None:
 
 def layers(model: Path) -> list[tuple[int, int]]:
     """Widths of all linear layers, the head last."""
-    network = AutoModelForCausalLM.from_pretrained(model)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     return [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
 
 
@@ -90,15 +89,17 @@ def useful_flops(task: Task, computed: float, scored: float) -> float:
     return (2 if task.rank else 3) * (sum(body) * computed + head * scored)
 
 
-def linear_rate(model: Path, rows: int) -> float:
+def linear_rate(task: Task) -> float:
     """What `torch.nn.functional.linear` reaches here at the model's own shapes, head left out, FLOP/s."""
     flops = seconds = 0.0
-    for wide, narrow in layers(model)[:7] * 3:  # one block, three times
-        x, weight = torch.randn(rows, wide), torch.randn(narrow, wide)
-        F.linear(x, weight)
+    rows = ROWS[task.device]
+    for wide, narrow in layers(task.model)[:7] * 3:  # one block, three times
+        x, weight = (torch.randn(n, wide, device=task.device, dtype=task.dtype) for n in (rows, narrow))
+        F.linear(x, weight).sum().item()
         started = time.perf_counter()
         for _ in range(10):
-            F.linear(x, weight)
+            y = F.linear(x, weight)
+        y[0, 0].item()  # a GPU has finished only now
         seconds += time.perf_counter() - started
         flops += 20 * rows * wide * narrow
     return flops / seconds
@@ -106,6 +107,7 @@ def linear_rate(model: Path, rows: int) -> float:
 
 def export_start(task: Task) -> None:
     """Write the adapter that both sides start from."""
+    os.environ["FIRESTEEL_DEVICE"] = task.device
     with build_service_client(base_model=str(task.model), lora_rank=task.rank) as service:
         service.create_training_client(seed=0).save_weights(str(task.adapter)).result()
 

@@ -41,6 +41,8 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("FIRESTEEL_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("WANDB_MODE", "offline")
+        # Where there is a GPU, only the tests of it use it (test_cuda): the others expect a CPU's bits.
+        patch.setenv("FIRESTEEL_DEVICE", "cpu")
         for name in ("FIRESTEEL_BASE_URL", "FIRESTEEL_API_KEY", "FIREWORKS_BASE_URL", "FIREWORKS_API_KEY"):
             patch.delenv(name, raising=False)
         patch.delenv("FIRESTEEL_CATALOG", raising=False)

@@ -66,8 +66,9 @@ class Adapter:
             target_modules=_target_modules(base.network, config),
         )
         self._peft_config._register_custom_module({nn.Linear: AdaptedLinear})
+        # peft draws on the CPU, whatever the base is on; `torch.manual_seed` would reseed the user's GPUs, too.
         with torch.random.fork_rng(devices=[]), _expecting_several_adapters():
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             inject_adapter_in_model(self._peft_config, base.network, adapter_name=name)
         if base.network.dtype is torch.bfloat16:
             for parameter in self.parameters().values():

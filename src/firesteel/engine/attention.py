@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 
-from firesteel.engine.flex import attend, tree_blocks
+from firesteel.engine.flex import SMALLEST_WIDTH, attend, tree_blocks
 from firesteel.engine.packing import Segment, Tree
 
 TREE_ATTENTION = "firesteel_tree"
@@ -37,9 +37,11 @@ class TreeMask:
         self.lengths = [segment.length for segment in tree.segments]
         self.paths = [(*path, index) for index, path in enumerate(tree.paths)]
         """For each segment, the segments it attends to, from the root to itself."""
-        # FlexAttention has no float64.
-        self.by_blocks = device.type == "cuda" and dtype is not torch.float64
         self._tree, self._device, self._dtype = tree, device, dtype
+
+    def by_blocks(self, width: int) -> bool:
+        """Whether FlexAttention computes heads of this width here: its kernels have no float64, and none below 16."""
+        return self._device.type == "cuda" and self._dtype is not torch.float64 and width >= SMALLEST_WIDTH
 
     @cached_property
     def blocks(self) -> BlockMask:
@@ -76,7 +78,7 @@ def tree_attention(
     if dropout or attention_mask is not None or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise TreeNotPassedOn(f"{type(module).__name__} needs a mask, dropout, soft-capping or sinks")
     tree.reached_attention = True
-    if tree.by_blocks:
+    if tree.by_blocks(query.shape[-1]):
         return attend(query, key, value, tree.blocks, scaling).transpose(1, 2), None
     return _by_segments(query, key, value, tree, scaling).transpose(1, 2), None
 

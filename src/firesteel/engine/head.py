@@ -246,13 +246,15 @@ class _TargetLogprobs(torch.autograd.Function):
         *tensors, normalizer, expected, slopes = ctx.saved_tensors
         inputs, (gradient,) = _Inputs(*tensors), gradients
         row_of = ctx.call.row_of(gradient.device)
-        total = gradient.new_zeros(len(normalizer)).index_add_(0, row_of, gradient)
+        # `index_put_` and not `index_add_`: on a GPU that one adds in any order, and no two runs are equal.
+        total = gradient.new_zeros(len(normalizer)).index_put_((row_of,), gradient, accumulate=True)
         if expected is None:
             return (*_recomputed(ctx, inputs, normalizer, gradient, total), None)
         ids = torch.from_numpy(ctx.call.targets.ids).to(gradient.device)
         d_hidden = expected * -total[:, None]
         pulls = inputs.weight[ids].to(gradient.dtype).mul_((gradient * slopes)[:, None])
-        return (d_hidden.index_add_(0, row_of, pulls).to(inputs.hidden.dtype), *[None] * 5)
+        d_hidden.index_put_((row_of,), pulls, accumulate=True)
+        return (d_hidden.to(inputs.hidden.dtype), *[None] * 5)
 
 
 def _recomputed(

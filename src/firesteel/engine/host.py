@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from firesteel.engine.sampling import sample
 from firesteel.engine.states import is_state, read_start, read_state, write_state
 from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss, slopes_of
 from firesteel.fetching import shown_on_stderr
-from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
+from firesteel.sdk.errors import CheckpointError, ConfigError, ModelError, OperationError
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
@@ -70,6 +71,7 @@ from firesteel.sdk.validation import check_data
 from firesteel.sealed import storage_errors, sync
 
 KEPT_FORWARDS = 128
+DEVICE_VARIABLE = "FIRESTEEL_DEVICE"
 
 
 @dataclass(frozen=True)
@@ -405,8 +407,14 @@ class Host:
 
 
 def devices_found() -> tuple[str, ...]:
-    """The kinds of device of this machine, the preferred one first."""
-    return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    """The kinds of device of this machine, the preferred one first; `FIRESTEEL_DEVICE` names the only one to use."""
+    found = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    chosen = os.environ.get(DEVICE_VARIABLE)
+    if not chosen:
+        return found
+    if chosen not in found:
+        raise ConfigError(f"{DEVICE_VARIABLE}={chosen}: this machine has {' and '.join(found)}")
+    return (chosen,)
 
 
 def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool) -> Sequences:

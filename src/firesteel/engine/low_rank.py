@@ -31,7 +31,10 @@ class LowRank:
 
 
 def adapted_linear(x: torch.Tensor, layer: nn.Linear, low_rank: LowRank) -> torch.Tensor:
-    """``[..., I]`` → ``[..., O]`` in x's dtype; the adapter may have a wider one, and its sums are taken in it."""
+    """``[..., I]`` → ``[..., O]`` in x's dtype.
+
+    An adapter of a wider dtype is rounded to x's for the products, as under autocast; its gradient is not.
+    """
     flat = x.reshape(-1, x.shape[-1])
     low, up = low_rank.down, low_rank.up
     y: torch.Tensor = _AdaptedLinear.apply(flat, layer.weight, layer.bias, low, up, low_rank.scaling)  # type: ignore[no-untyped-call]
@@ -51,23 +54,26 @@ class _AdaptedLinear(torch.autograd.Function):
         up: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        t = F.linear(x.to(down.dtype), down).mul_(scaling)
-        ctx.save_for_backward(x, weight, down, up, t)
-        ctx.scaling = scaling
-        return _plus_product(F.linear(x, weight, bias), t, up.t())
+        narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
+        t = F.linear(x, narrow_down).mul_(scaling)
+        ctx.save_for_backward(x, weight, narrow_down, narrow_up, t)
+        ctx.scaling, ctx.wide = scaling, down.dtype
+        return F.linear(x, weight, bias).addmm_(t, narrow_up.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, weight, down, up, t = ctx.saved_tensors
-        g = gradient.to(up.dtype)
-        u = torch.mm(g, up).mul_(ctx.scaling)
-        d_x = _plus_product(torch.mm(gradient, weight), u, down) if ctx.needs_input_grad[0] else None
-        return d_x, None, None, torch.mm(u.t(), x.to(down.dtype)), torch.mm(g.t(), t), None
+        u = torch.mm(gradient, up).mul_(ctx.scaling)
+        d_x = torch.mm(gradient, weight).addmm_(u, down) if ctx.needs_input_grad[0] else None
+        d_down, d_up = _product(u.t(), x, ctx.wide), _product(gradient.t(), t, ctx.wide)
+        return d_x, None, None, d_down, d_up, None
 
 
-def _plus_product(result: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``result + a b``, in place where the types agree, else summed in the wider one and rounded once."""
-    if result.dtype is a.dtype:
-        return result.addmm_(a, b)
-    return (result + torch.mm(a, b)).to(result.dtype)
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``a b`` in a dtype that may be wider than theirs: what is summed over all tokens is not rounded to theirs."""
+    if a.dtype is dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))

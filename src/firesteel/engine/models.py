@@ -29,7 +29,7 @@ from firesteel.sdk.shapes import TrainingShape
 logger = logging.getLogger("firesteel")
 
 # Raised whenever a change of the engine changes a log-probability: cached references of before are not used then.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 # Settings of a configuration that say where a model came from, not what it computes.
 _NOT_IDENTITY = {

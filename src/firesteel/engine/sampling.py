@@ -32,7 +32,7 @@ def sample(
     stop = _stop_tokens(base, params)
     ids = torch.tensor([tokens], device=base.network.device)
     with (
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),  # all that `manual_seed` seeds
         using_attention(base.network, base.native_attention),
         _own_settings_only(base.network),
     ):

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     import torch
 
 TensorDtype = Literal["float32", "int64"]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-DoubleArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+# Spelled out: from numpy 2.5 on, `NDArray` is a lazy alias that `wire`, which reads annotations, cannot look into.
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+DoubleArray = np.ndarray[Any, np.dtype[np.float64]]
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 # The dtype of plain Python lists, by the name under which they arrive (the Tinker API's rule).
 _DTYPE_OF_INPUT: dict[str, TensorDtype] = {

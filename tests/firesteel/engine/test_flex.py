@@ -84,11 +84,12 @@ def test_blocks_without_anything_visible_are_skipped() -> None:
     assert (computed.numpy() == expected).all()
 
 
-def test_a_cpu_and_float64_go_segment_by_segment() -> None:
-    tree = pack([np.arange(3)])
-    assert not TreeMask(tree, CPU, torch.float32).by_blocks
-    assert not TreeMask(tree, torch.device("cuda"), torch.float64).by_blocks
-    assert TreeMask(tree, torch.device("cuda"), torch.bfloat16).by_blocks
+def test_a_cpu_float64_and_narrow_heads_go_segment_by_segment() -> None:
+    tree, gpu = pack([np.arange(3)]), torch.device("cuda")
+    assert not TreeMask(tree, CPU, torch.float32).by_blocks(64)
+    assert not TreeMask(tree, gpu, torch.float64).by_blocks(64)
+    assert not TreeMask(tree, gpu, torch.bfloat16).by_blocks(8)
+    assert TreeMask(tree, gpu, torch.bfloat16).by_blocks(16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

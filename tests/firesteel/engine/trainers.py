@@ -57,7 +57,8 @@ def spread_lora(trainer: Trainer, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter_of(trainer).parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1)
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
+            parameter.add_(drawn.to(parameter.device))
 
 
 def adapter_of(trainer: Trainer):  # type: ignore[no-untyped-def]
