@@ -28,8 +28,9 @@ from training.recipes.dpo_loop import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-# Of a per-token log-probability and of the gradient, against float32 on the CPU.
-TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (0.1, 0.1)}
+# Against float32 on the CPU: of per-token log-probabilities the largest difference and its root mean square, and the
+# gradient's. In bfloat16 every layer rounds by chance: one token of hundreds is off by several times the mean.
+TOLERANCE = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (0.3, 0.05, 0.1)}
 KINDS = pytest.mark.parametrize("kind", ["lora float32", "lora bfloat16", "full float32"])
 
 
@@ -102,9 +103,10 @@ def test_log_probabilities_and_gradients_are_those_of_the_cpu(
         scores = trainer.forward_backward(sequences(data), lambda index, logprobs: -logprobs.sum())
         outcomes.append((scores.logprobs, {n: g.cpu().float() for n, g in gradients(trainer).items()}))
     (expected, expected_gradient), (found, gradient) = outcomes
-    of_logprobs, of_gradient = TOLERANCE[kind.split()[1]]
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, rtol=0, atol=of_logprobs)
+    largest, mean, of_gradient = TOLERANCE[kind.split()[1]]
+    differences = np.concatenate(found) - np.concatenate(expected)
+    assert np.abs(differences).max() < largest
+    assert np.sqrt(np.square(differences).mean()) < mean
     assert relative_difference(expected_gradient, gradient) < of_gradient
 
 
