@@ -4,7 +4,8 @@
                                  [--checkpointing] [--device cuda] [--batch 32] [--json benchmarks/results.json]
 
 A cell is a workload (a prompt-heavy, b answer-heavy, c short chat), `full` or `lora`, and `cold` (the reference
-is computed) or `warm` (it is known on both sides). Every repeat checks that all losses agree to 1e-3 while
+is computed) or `warm` (it is known on both sides: TRL has it computed before it is timed; here it comes first, and
+a warm run is a cold one without it). Every repeat checks that all losses agree to 1e-3 while
 they move by 0.05 or more; otherwise it ends there. Timed is from the first row to the last step; on a GPU, whose
 first steps compile kernels, the ratio is that of the median later steps, and losses in bfloat16 agree to 0.05.
 """
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,14 +85,17 @@ def main() -> None:
     chosen = [cell for cell in cells if not options.only or cell.name in options.only]
     model = store.fetch(load_catalog().resolve_model(options.model))
     print(f"{options.model}, {STEPS} steps, {environment()}", flush=True)
-    results = {}
-    for cell in chosen:
+    results: dict[str, Sequence[Repeat]] = {}
+    started = time.monotonic()
+    for _, group in itertools.groupby(chosen, key=lambda cell: (cell.workload, cell.policy)):
         with tempfile.TemporaryDirectory() as folder:
-            repeats = list(run_cell(cell, Path(folder), model, options))
-        results[cell.name] = repeats
-        print(line(cell, repeats), flush=True)
+            measured = run_cells(tuple(group), Path(folder), model, options)
+        for cell, repeats in measured.items():
+            results[cell.name] = repeats
+            print(line(cell, repeats), flush=True)
         if options.json:
-            write_json(options, results)  # after each cell: an hour's numbers are not lost by a key
+            write_json(options, results)  # now: an hour's numbers are not lost by a key
+    print(f"{(time.monotonic() - started) / 60:.0f} minutes")
 
 
 def parse_options() -> argparse.Namespace:
@@ -111,28 +115,44 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_cell(cell: Cell, folder: Path, model: Path, options: argparse.Namespace) -> Iterator[Repeat]:
-    """Alternate, each repeat in the other order."""
-    rank = RANKS[cell.policy]
-    workload = WORKLOADS[cell.workload]
+def run_cells(
+    cells: Sequence[Cell], folder: Path, model: Path, options: argparse.Namespace
+) -> dict[Cell, list[Repeat]]:
+    """Cells that differ by their start alone: a run of ours and one of TRL's for each, every repeat in other order."""
+    rank = RANKS[cells[0].policy]
+    workload = WORKLOADS[cells[0].workload]
     batch = options.batch or workload.batch
-    paths = (folder, model, folder / "rows.jsonl", folder / "start")
-    task = Task(*paths, rank, batch, cell.start == "warm", options.device)
+    task = Task(folder, model, folder / "rows.jsonl", folder / "start", rank, batch, options.device)
     write_rows(workload, (STEPS + WARM_UP[options.device]) * batch, task.rows)
     if rank:
         launch("firesteel_side.py", task, "export-start")
+    repeats: dict[Cell, list[Repeat]] = {cell: [] for cell in cells}
     for number in range(options.repeats):
-        measured = {}
-        for side in ("firesteel_side.py", "trl_side.py")[:: 1 if number % 2 == 0 else -1]:
-            own = folder / f"{number}-{side}"
-            own.mkdir()
-            theirs = side == "trl_side.py"
-            run = replace(task, folder=own, checkpointing=theirs and options.checkpointing)
-            launch(side, run)
-            measured[side] = Measured(**json.loads(run.answer.read_text()))
-        repeat = Repeat(measured["firesteel_side.py"], measured["trl_side.py"], options.device)
-        check_losses(cell, repeat, AGREEMENT[task.dtype])
-        yield repeat
+        runs = [None, *cells][:: 1 if number % 2 == 0 else -1]  # None: ours
+        measured = {run: run_side(run, replace(task, folder=folder / f"{number}"), options) for run in runs}
+        for cell in cells:
+            repeat = Repeat(as_started(measured[None], cell), measured[cell], options.device)
+            check_losses(cell, repeat, AGREEMENT[task.dtype])
+            repeats[cell].append(repeat)
+    return repeats
+
+
+def run_side(cell: Cell | None, task: Task, options: argparse.Namespace) -> Measured:
+    """One process: TRL's for a cell, or ours."""
+    folder = task.folder / (cell.name if cell else "firesteel")
+    folder.mkdir(parents=True)
+    if cell is None:
+        run = replace(task, folder=folder)
+        launch("firesteel_side.py", run)
+    else:
+        run = replace(task, folder=folder, warm=cell.start == "warm", checkpointing=options.checkpointing)
+        launch("trl_side.py", run)
+    return Measured(**json.loads(run.answer.read_text()))
+
+
+def as_started(ours: Measured, cell: Cell) -> Measured:
+    """Our run as that of a cell: without its reference pass where the references were known."""
+    return replace(ours, seconds=ours.seconds - ours.reference_seconds) if cell.start == "warm" else ours
 
 
 def launch(side: str, task: Task, *more: str) -> None:

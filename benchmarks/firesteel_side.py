@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,21 +15,15 @@ from sides import RATE, Measured, Task, peak_gib
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.recipes.dpo_loop import Config, build_service, main
+from training.recipes.dpo_loop import Config, main
 from training.utils import build_service_client
-from training.utils.pair_sets import select_pairs
-from training.utils.pairs import Rendering
-from training.utils.progress import Display
-from training.utils.reference_pass import References
-from training.utils.rendering import Renderer
-from training.utils.row_index import index_rows
 
 ROWS = {"cpu": 1000, "cuda": 16384}
 """Tokens of the products that the machine's rate is measured with: about those of a pass."""
 
 
 def run(task: Task) -> Measured:
-    """Train once; a warm run has the reference asked first, untimed."""
+    """Train once, the reference pass first."""
     os.environ |= {"FIRESTEEL_HOME": str(task.folder / "home"), "FIRESTEEL_DEVICE": task.device}
     config = Config(
         log_path=str(task.folder / "run"),
@@ -42,8 +35,6 @@ def run(task: Task) -> Measured:
         batch_size=task.batch,
         shuffle=False,
     )
-    if task.warm:
-        fill_reference_cache(config)
     rate_before = linear_rate(task)
     summary = main(config)
     peak = peak_gib(task.device)
@@ -60,20 +51,11 @@ def run(task: Task) -> Measured:
         peak_gib=peak,
         threads=torch.get_num_threads(),
         step_seconds=[step["train/step_time_sec"] for step in steps],
+        reference_seconds=summary.reference_seconds,
         useful_share=useful / sum(step["train/step_time_sec"] for step in steps) / rate,
         wait_share=sum(step["train/data_wait_sec"] for step in steps) / summary.training_seconds,
         linear_gflops=rate / 1e9,
     )
-
-
-def fill_reference_cache(config: Config) -> None:
-    """What an earlier run on the same rows has left."""
-    renderer = Renderer.load(config.base_model)
-    index = index_rows(config.dataset, renderer)
-    with build_service(config) as service, closing(select_pairs(index, renderer, Rendering())) as rows:
-        service.create_training_client()
-        with closing(References(service, renderer, "upfront")) as references:
-            references.prepare([rows.pairs], Display(), seed=0)
 
 
 def layers(model: Path) -> list[tuple[int, int]]:

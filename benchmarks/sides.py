@@ -32,8 +32,9 @@ class Task:
     rank: int
     batch: int
     """Pairs per step."""
-    warm: bool
     device: Literal["cpu", "cuda"] = "cpu"
+    warm: bool = False
+    """TRL's: the reference is computed before what is timed."""
     checkpointing: bool = False
     """TRL's gradient checkpointing, for memory quoted against both."""
 
@@ -76,6 +77,8 @@ class Measured:
     threads: int
     step_seconds: list[float]
     """Of each step, the wait for its rows left out."""
+    reference_seconds: float = 0.0
+    """Ours: of `seconds`, those of the reference pass."""
     useful_share: float | None = None
     """Matrix-multiply work that the steps cannot do without, over their time and `linear_gflops`."""
     linear_gflops: float | None = None
