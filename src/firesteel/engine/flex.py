@@ -1,8 +1,8 @@
 """Attention over a prefix tree as one FlexAttention call: what CUDA runs.
 
 One kernel for the whole row, however many segments it has, and no wait of the host for the device in between: the
-tree reaches the kernel as one number for each place, and as blocks of 128 × 128 that hold nothing visible and are skipped.
-Numbers as in `attention`, where the CPU computes one segment at a time.
+tree reaches the kernel as one number for each place, and as a list of the blocks of 128 × 128 that hold anything
+visible. Numbers as in `attention`, where the CPU computes one segment at a time.
 """
 
 from __future__ import annotations

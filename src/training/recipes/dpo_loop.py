@@ -2,14 +2,15 @@
 
     loss = -log σ(β m),   m = (log π(chosen) - log ref(chosen)) - (log π(rejected) - log ref(rejected))
 
-averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. The
-run, top to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others
-an index is kept), load policy and frozen reference, take the reference's log-probabilities once (from the cache
-where it has them), then per step one `forward_backward_custom` and one `optim_step`, while the next rows are
-rendered; evaluate on held-out pairs, export. With `dcp_save_interval` a run that was killed goes on from its last
-checkpoint when it is started again, and ends with the same bits.
+averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. `loss`
+chooses another member of the family (`losses.DpoObjective`), one of which, `simpo`, needs no reference. The run, top
+to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others an index is
+kept), load policy and frozen reference, take the reference's log-probabilities once (from the cache where it has
+them), then per step one `forward_backward_custom` and one `optim_step`, while the next rows are rendered; evaluate
+on held-out pairs, export. With `dcp_save_interval` a run that was killed goes on from its last checkpoint when it is
+started again, and ends with the same bits.
 
-Not here: other losses, ranked lists.
+Not here: ranked lists.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,12 +36,18 @@ from training.utils.client import ReconnectableClient
 from training.utils.config import TrainerConfig, WandBConfig
 from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.loop import Loop, SavedRun
-from training.utils.losses import DpoObjective, make_dpo_loss
+from training.utils.losses import DpoLoss, DpoObjective, make_dpo_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
 from training.utils.pair_sets import PairSet, select_pairs
 from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
 from training.utils.progress import Display, Stage
-from training.utils.reference_pass import RECORDED_PAIRS, ReferenceMode, References
+from training.utils.reference_pass import (
+    RECORDED_PAIRS,
+    AnyReferences,
+    NoReferences,
+    ReferenceMode,
+    References,
+)
 from training.utils.rendering import Renderer
 from training.utils.resume import (
     Finished,
@@ -70,10 +77,20 @@ class Config(RunSettings):
     """JSONL file of preference pairs."""
     tokenizer_model: str = ""
     """Where the tokenizer and chat template come from; empty = `base_model`."""
+    loss: DpoLoss = "sigmoid"
+    """sigmoid, robust, hinge, ipo_sum, ipo_mean, sigmoid_norm, simpo or ld: see docs/losses.md."""
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is held to the reference. Losses per token (…_mean, …_norm, simpo) want larger ones."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Probability that a label is the wrong way round (conservative DPO)."""
+    """Probability that a label is the wrong way round: of sigmoid (conservative DPO) and robust."""
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """Of simpo: the margin to reach, absolute (not over beta)."""
+    ld_alpha: float = Field(default=1.0, ge=0, le=1)
+    """Of ld: what tokens beyond the shorter response's length count; 1 is sigmoid."""
+    ld_reference: bool = True
+    """Of ld: whether the reference's tokens are scaled, too."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Times the chosen response's mean negative log-likelihood per token, added to any loss."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Base rate; LoRA usually wants about ten times that of full-parameter training."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -136,10 +153,26 @@ class Config(RunSettings):
         betas_and_eps = (self.adam_beta1, self.adam_beta2, self.adam_eps)
         return AdamParams(learning_rate, *betas_and_eps, self.weight_decay, self.grad_clip_norm)
 
+    @property
+    def objective(self) -> DpoObjective:
+        """The loss of training and evaluation."""
+        read = {name: getattr(self, name) for name, losses in OF_THE_OBJECTIVE.items() if self.loss in losses}
+        return DpoObjective(self.beta, loss=self.loss, sft_weight=self.sft_weight, **read)
+
     def resolved(self) -> dict[str, Any]:
         """See `RunSettings.resolved`; without what this run does not read."""
-        resolved = super().resolved()
-        return resolved if self.lora_rank else {k: v for k, v in resolved.items() if k != "lora_alpha"}
+        unread = {name for name, losses in READ_BY.items() if self.loss not in losses}
+        unread |= set() if self.lora_rank else {"lora_alpha"}
+        return {name: value for name, value in super().resolved().items() if name not in unread}
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _convention_is_named(cls, value: object) -> object:
+        if value == "ipo":
+            raise ValueError(
+                "ipo is two losses: ipo_sum on summed log-ratios, or ipo_mean on means per token"
+            )
+        return value
 
     @field_validator("dataset", "eval_dataset")
     @classmethod
@@ -159,6 +192,11 @@ class Config(RunSettings):
             raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
         if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
             raise ValueError("lora_alpha is not read at lora_rank 0")
+        for name, losses in READ_BY.items():
+            if name in self.model_fields_set and self.loss not in losses:
+                raise ValueError(f"{name} is not read by loss {self.loss}, only by {', '.join(losses)}")
+        if self.loss == "ld" and "ld_alpha" not in self.model_fields_set:
+            raise ValueError("loss ld needs its ld_alpha: what tokens beyond the shorter response count")
         if self.warm_start_from_adapter and not self.lora_rank:
             raise ValueError("warm_start_from_adapter needs a lora_rank: the adapter's own")
         if self.keep_best and self.keep_last is None:
@@ -169,6 +207,16 @@ class Config(RunSettings):
             )
         return self
 
+
+WITH_REFERENCE = tuple(loss for loss in get_args(DpoLoss) if DpoObjective(1.0, loss=loss).uses_reference)
+OF_THE_OBJECTIVE = {
+    "label_smoothing": ("sigmoid", "robust"),
+    "simpo_gamma": ("simpo",),
+    "ld_alpha": ("ld",),
+    "ld_reference": ("ld",),
+}
+READ_BY = OF_THE_OBJECTIVE | {"reference": WITH_REFERENCE, "reference_pass": WITH_REFERENCE}
+"""Settings that only some losses read. Given for another they would do nothing, and are refused."""
 
 # fmt: off
 MAY_CHANGE_WHEN_GOING_ON = RUN_SETTINGS_THAT_MAY_CHANGE | {
@@ -339,8 +387,8 @@ class Run:
 
     @property
     def objective(self) -> DpoObjective:
-        """The loss of training and evaluation."""
-        return DpoObjective(self.config.beta, self.config.label_smoothing)
+        """See `Config.objective`."""
+        return self.config.objective
 
     @property
     def epochs(self) -> Epochs:
@@ -365,7 +413,7 @@ class Trainers:
     """The policy where this run takes it up, and the reference that the run has."""
 
     policy: ReconnectableClient
-    references: References
+    references: AnyReferences
     record: ReferenceRecord
 
     def close(self) -> None:
@@ -391,15 +439,22 @@ def load(run: Run, service: ServiceClient) -> Trainers:
         load_checkpoint(run, going_on, policy)
     elif config.init_optimizer:
         policy.load_state_with_optimizer(str(start))
-    weights = reference_weights(run, start)
     with ExitStack() as on_failure:
-        references = References(service, run.renderer, config.reference_pass, weights)
+        references = load_references(run, service, start)
         on_failure.callback(references.close)
         if config.verify:
             verify_first_batch(run, policy, references)
         trainers = Trainers(policy, references, record_reference(run, references))
         on_failure.pop_all()
     return trainers
+
+
+def load_references(run: Run, service: ServiceClient, start: str | None) -> AnyReferences:
+    """The reference that the loss reads, if it reads one. `start` is where the policy starts now."""
+    if not run.objective.uses_reference:
+        return NoReferences()
+    weights = reference_weights(run, start)
+    return References(service, run.renderer, run.config.reference_pass, weights)
 
 
 def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
@@ -424,7 +479,7 @@ def reference_weights(run: Run, start: str | None) -> str | None:
     return str(run.folder.reference) if run.config.lora_rank else run.start.notes.reference.path
 
 
-def record_reference(run: Run, references: References) -> ReferenceRecord:
+def record_reference(run: Run, references: AnyReferences) -> ReferenceRecord:
     """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
     saved = isinstance(run.start, GoOn) or run.config.dcp_save_interval > 0
     probes = range(min(RECORDED_PAIRS, len(run.split.train)) if saved else 0)
@@ -533,7 +588,7 @@ def train_step(
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
-def verify_first_batch(run: Run, policy: ReconnectableClient, references: References) -> None:
+def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyReferences) -> None:
     """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`.
 
     Nothing is cached before: what a wrong path computes must not be there for the next run.

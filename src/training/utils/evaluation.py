@@ -16,7 +16,7 @@ from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
 from training.utils.losses import DpoObjective, PairScores, preference_metrics, score_pairs
 from training.utils.pair_sets import PairSet
-from training.utils.reference_pass import References
+from training.utils.reference_pass import AnyReferences
 from training.utils.rendering import Renderer
 
 
@@ -63,7 +63,7 @@ def drawn_by_prompt(prompts: np.ndarray[tuple[int], np.dtype[Any]], fraction: fl
 def evaluate(
     policy: ReconnectableClient,
     pairs: PairSet,
-    references: References,
+    references: AnyReferences,
     objective: DpoObjective,
     batch_size: int = 16,
     abandon: Callable[[], bool] = lambda: False,

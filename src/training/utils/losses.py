@@ -1,9 +1,11 @@
 """Preference losses, each once, as pure functions of per-token log-probabilities and weights.
 
-Notation: π and r are log-probabilities summed over the scored tokens under policy and reference, c and r
-(as indices) the chosen and rejected response, m the margin::
+Notation: π and r are log-probabilities summed over the n scored tokens under policy and reference, c and r
+(as indices) the chosen and rejected response. Every loss scores each side by one number s, and looks at the margin::
 
-    m = (π_c - r_c) - (π_r - r_r)
+    m = s_c - s_r         s = π - r                      sigmoid, robust, hinge, ipo_sum (and ld, with its tail scaled)
+                          s = (π - r) / n                sigmoid_norm, ipo_mean
+                          s = π / n                      simpo, without a reference
 
 Sums run in float64: at Σ log p of minus some thousands, float32 has lost the digits that a margin needs.
 torch is imported inside the functions, so that reading a recipe's `Config` (for `--help`) stays quick.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from firesteel.sdk.types import FloatArray
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from training.utils.pairs import PreferencePair
 
+
+DpoLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "sigmoid_norm", "simpo", "ld"]
 
 # Margins this near 0 (in nats) are ties. Policy and reference are computed in batches of other composition,
 # which moves a sum of some hundred float32 log-probabilities by about 1e-5: before training, a strict "> 0"
@@ -38,38 +42,56 @@ class PairLogprobs:
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """Weighted sums of N pairs: float64 tensors of shape ``[N]``."""
+class SideScores:
+    """Weighted sums over the scored tokens of one side of N pairs: float64 tensors of shape ``[N]``."""
 
-    policy_chosen: torch.Tensor
-    policy_rejected: torch.Tensor
-    reference_chosen: torch.Tensor
-    reference_rejected: torch.Tensor
-    chosen_tokens: torch.Tensor
+    policy: torch.Tensor
+    reference: torch.Tensor
+    policy_tail: torch.Tensor
+    """Of the tokens beyond as many as the pair's shorter side has: what LD-DPO scales."""
+    reference_tail: torch.Tensor
+    tokens: torch.Tensor
     """Number of scored tokens."""
-    rejected_tokens: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[SideScores]) -> SideScores:
+        """Those of all parts, in order."""
+        import torch
+
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """π - r: how much likelier than under the reference the response has become."""
+        return self.policy - self.reference
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """π / n: the mean log-probability of a token."""
+        return self.policy / self.tokens
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Both sides of N pairs."""
+
+    chosen: SideScores
+    rejected: SideScores
+    weights: torch.Tensor
+    """How much each pair counts, ``[N]``."""
 
     @classmethod
     def joined(cls, parts: Sequence[PairScores]) -> PairScores:
         """Those of all pairs of all parts, in order."""
         import torch
 
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        chosen, rejected = ([getattr(part, side) for part in parts] for side in ("chosen", "rejected"))
+        weights = torch.cat([part.weights for part in parts])
+        return cls(SideScores.joined(chosen), SideScores.joined(rejected), weights)
 
-    @property
-    def delta_chosen(self) -> torch.Tensor:
-        """π_c - r_c: how much likelier than under the reference the chosen response has become."""
-        return self.policy_chosen - self.reference_chosen
-
-    @property
-    def delta_rejected(self) -> torch.Tensor:
-        """π_r - r_r."""
-        return self.policy_rejected - self.reference_rejected
-
-    @property
-    def margin(self) -> torch.Tensor:
-        """m, without β."""
-        return self.delta_chosen - self.delta_rejected
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Of one value per pair: by the pairs' weights, which are all 1 where rows give none."""
+        return (self.weights * values).sum() / self.weights.sum()
 
 
 def score_pairs(
@@ -98,20 +120,20 @@ def score_pairs(
     for weight, row in zip(kept, frozen, strict=True):
         if row.shape != weight.shape:  # a single value would be taken for every token
             raise ValueError(f"{len(weight)} scored tokens, {len(row)} reference log-probabilities")
-    policy_sums = torch.stack([(row * weight).sum() for row, weight in zip(policy, kept, strict=True)])
-    frozen_sums = torch.stack([(row * weight).sum() for row, weight in zip(frozen, kept, strict=True)])
-    counts = torch.tensor([len(weight) for weight in kept], dtype=torch.float64)
-    return PairScores(
-        policy_sums[0::2],
-        policy_sums[1::2],
-        frozen_sums[0::2],
-        frozen_sums[1::2],
-        counts[0::2],
-        counts[1::2],
-    )
+    shorter = [min(map(len, kept[i : i + 2])) for i in range(0, len(kept), 2) for _ in range(2)]
+
+    def sums(rows: Sequence[torch.Tensor], starts: Sequence[int]) -> torch.Tensor:
+        parts = zip(rows, kept, starts, strict=True)
+        return torch.stack([(row[start:] * weight[start:]).sum() for row, weight, start in parts])
+
+    whole = [0] * len(kept)
+    table = [sums(rows, starts) for starts in (whole, shorter) for rows in (policy, frozen)]
+    table.append(torch.tensor([len(weight) for weight in kept], dtype=torch.float64))
+    sides = (SideScores(*(column[side::2] for column in table)) for side in (0, 1))
+    return PairScores(*sides, torch.tensor([pair.weight for pair in pairs], dtype=torch.float64))
 
 
-def sigmoid_dpo(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+def sigmoid_dpo(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPO, per pair ``[N]``: ``-(1 - ε) log σ(β m) - ε log σ(-β m)``.
 
     ε = 0 is DPO (arXiv 2305.18290); ε > 0 is conservative DPO for labels that are wrong with
@@ -119,46 +141,130 @@ def sigmoid_dpo(scores: PairScores, beta: float, label_smoothing: float = 0.0) -
     """
     import torch.nn.functional as F
 
-    logits = beta * scores.margin
+    logits = beta * margin
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def robust_dpo(margin: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
+    """``(-(1 - ε) log σ(β m) + ε log σ(-β m)) / (1 - 2ε)``, ``[N]``.
+
+    Unbiased where labels are the wrong way round with probability ε. It has no lower bound: that it becomes negative
+    is right (arXiv 2403.00409).
+    """
+    import torch.nn.functional as F
+
+    logits = beta * margin
+    kept, flipped = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return (label_smoothing * flipped - (1 - label_smoothing) * kept) / (1 - 2 * label_smoothing)
+
+
+def hinge(margin: torch.Tensor, beta: float) -> torch.Tensor:
+    """``max(0, 1 - β m)``, ``[N]`` (arXiv 2305.10425, 2309.06657)."""
+    return (1 - beta * margin).clamp(min=0)
+
+
+def ipo(margin: torch.Tensor, beta: float) -> torch.Tensor:
+    """``(m - 1 / (2β))²``, ``[N]`` (arXiv 2310.12036, eq. 17)."""
+    return (margin - 1 / (2 * beta)).square()
 
 
 @dataclass(frozen=True)
 class DpoObjective:
-    """What is optimised; one object for training and evaluation, so that the two cannot differ."""
+    """What is optimised; one object for training and evaluation, so that the two cannot differ.
+
+    ============  ==============================================================================
+    sigmoid       ``-log σ(β m)`` on summed log-ratios; `label_smoothing`: conservative DPO
+    robust        the same, unbiased for a known rate of flipped labels (`label_smoothing`)
+    hinge         ``max(0, 1 - β m)``
+    ipo_sum       ``(m - 1/(2β))²`` on summed log-ratios
+    ipo_mean      the same on means per token: another objective at the same β
+    sigmoid_norm  ``-log σ(β m)`` on means per token (Tülu 3, arXiv 2411.15124)
+    simpo         ``-log σ(β m - γ)`` on the policy's own means per token (arXiv 2405.14734); γ is absolute
+    ld            sigmoid, where tokens beyond the shorter side's length count `ld_alpha` (arXiv 2409.06411), in the
+                  reference too unless `ld_reference` is off
+    ============  ==============================================================================
+
+    Any of them may have `sft_weight` times the chosen side's mean negative log-likelihood per token added to it
+    (arXiv 2404.19733).
+    """
 
     beta: float
     label_smoothing: float = 0.0
+    loss: DpoLoss = "sigmoid"
+    simpo_gamma: float = 0.0
+    ld_alpha: float = 1.0
+    ld_reference: bool = True
+    sft_weight: float = 0.0
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss reads the reference at all."""
+        return self.loss != "simpo"
+
+    def sides(self, scores: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss makes of chosen and rejected, without β, ``[N]`` each."""
+        return self._side(scores.chosen), self._side(scores.rejected)
+
+    def _side(self, side: SideScores) -> torch.Tensor:
+        match self.loss:
+            case "ipo_mean" | "sigmoid_norm":
+                return side.delta / side.tokens
+            case "simpo":
+                return side.mean
+            case "ld":
+                scaled = side.policy_tail - side.reference_tail if self.ld_reference else side.policy_tail
+                return side.delta - (1 - self.ld_alpha) * scaled
+            case _:
+                return side.delta
+
+    def preference(self, margin: torch.Tensor) -> torch.Tensor:
+        """The loss of each pair but for the SFT term, ``[N]``."""
+        match self.loss:
+            case "robust":
+                return robust_dpo(margin, self.beta, self.label_smoothing)
+            case "hinge":
+                return hinge(margin, self.beta)
+            case "ipo_sum" | "ipo_mean":
+                return ipo(margin, self.beta)
+            case "simpo":
+                return sigmoid_dpo(margin - self.simpo_gamma / self.beta, self.beta)
+            case _:
+                return sigmoid_dpo(margin, self.beta, self.label_smoothing)
 
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
-        return sigmoid_dpo(scores, self.beta, self.label_smoothing)
+        chosen, rejected = self.sides(scores)
+        loss = self.preference(chosen - rejected)
+        return loss - self.sft_weight * scores.chosen.mean if self.sft_weight else loss
 
 
 def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str, float]:
     """Means over N pairs, by the guide's names and TRL's. A tie does not count as correct, see `TIE`.
 
-    `policy_preference` is the share of pairs whose chosen response has the higher mean log-probability per
-    token under the policy itself, without the reference.
+    Margin and rewards are those of the loss: per token where it is. `policy_preference` is the share of pairs whose
+    chosen response has the higher mean log-probability per token under the policy itself, without the reference.
+    The loss is averaged by the pairs' weights, all else plainly.
     """
-    margin, beta = scores.margin, objective.beta
-    per_token = scores.policy_chosen / scores.chosen_tokens - scores.policy_rejected / scores.rejected_tokens
+    chosen, rejected = objective.sides(scores)
+    margin, beta = chosen - rejected, objective.beta
     means = {
-        "dpo_loss": objective.per_pair(scores),
         "margin": margin,
         "accuracy": (margin > TIE).double(),
         "tie_rate": (margin.abs() <= TIE).double(),
-        "rewards/chosen": beta * scores.delta_chosen,
-        "rewards/rejected": beta * scores.delta_rejected,
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
         "rewards/margins": beta * margin,
         "rewards/accuracies": (margin > TIE).double(),
-        "logps/chosen": scores.policy_chosen,
-        "logps/rejected": scores.policy_rejected,
-        "delta_logp/chosen": scores.delta_chosen,
-        "delta_logp/rejected": scores.delta_rejected,
-        "policy_preference": (per_token > 0).double(),
+        "logps/chosen": scores.chosen.policy,
+        "logps/rejected": scores.rejected.policy,
+        "policy_preference": (scores.chosen.mean > scores.rejected.mean).double(),
     }
-    return {name: float(values.detach().mean()) for name, values in means.items()}
+    if objective.uses_reference:
+        means |= {"delta_logp/chosen": scores.chosen.delta, "delta_logp/rejected": scores.rejected.delta}
+    if objective.sft_weight:
+        means |= {"sft_loss": -scores.chosen.mean}
+    loss = float(scores.mean(objective.per_pair(scores).detach()))
+    return {"dpo_loss": loss} | {name: float(values.detach().mean()) for name, values in means.items()}
 
 
 LossFn = Callable[[Sequence[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, float]]"]
@@ -167,7 +273,7 @@ LossFn = Callable[[Sequence[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, Ma
 def make_dpo_loss(
     pairs: Sequence[PreferencePair], references: Sequence[PairLogprobs], objective: DpoObjective
 ) -> LossFn:
-    """The loss of one optimizer step for `forward_backward_custom`: the **mean** over its pairs.
+    """The loss of one optimizer step for `forward_backward_custom`: the **mean** over its pairs, by their weights.
 
     Its data are the pairs' datums, interleaved: chosen, rejected, chosen, ….
     """
@@ -176,6 +282,6 @@ def make_dpo_loss(
         data: Sequence[Any], logprobs: list[torch.Tensor]
     ) -> tuple[torch.Tensor, Mapping[str, float]]:
         scores = score_pairs(pairs, logprobs, references)
-        return objective.per_pair(scores).mean(), preference_metrics(scores, objective)
+        return scores.mean(objective.per_pair(scores)), preference_metrics(scores, objective)
 
     return loss_fn

@@ -60,11 +60,14 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
 
 def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
     """What is shown of an evaluation."""
-    return (
+    line = (
         f"held out after step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}  "
-        f"Δlogp chosen {metrics['delta_logp/chosen']:+.2f} rejected {metrics['delta_logp/rejected']:+.2f}"
+        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}"
     )
+    if "delta_logp/chosen" not in metrics:  # a loss without a reference
+        return line
+    chosen, rejected = metrics["delta_logp/chosen"], metrics["delta_logp/rejected"]
+    return f"{line}  Δlogp chosen {chosen:+.2f} rejected {rejected:+.2f}"
 
 
 def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from training.utils.pairs import (
     shortened_or_dropped,
 )
 from training.utils.preference_data import read_row
+from training.utils.preference_examples import PreferenceExample
 from training.utils.rendering import RenderedPair, Renderer
 from training.utils.row_index import RowIndex
 
@@ -47,18 +48,18 @@ class PairSource:
 
     def pair(self, place: int) -> PreferencePair:
         """Raises DataError if the row is not what it was when the index was made."""
-        rendered, line = self._rendered(place), int(self.index.rows["line"][place])
+        rendered, example = self._rendered(place)
         if self.rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens)):
-            fitted, _ = shortened_or_dropped(rendered, self.rules, line)
+            fitted, _ = shortened_or_dropped(rendered, self.rules, example.line)
             assert fitted is not None, "rows that cannot be shortened are in no set"
             rendered = fitted
-        return pair_of(rendered, line)
+        return pair_of(rendered, example)
 
     def outcome(self, place: int) -> RowOutcome:
         """What becomes of a row over the limit."""
         row = self.index.rows[place]
         if self.rules.truncate == "response_end":
-            return shortened_or_dropped(self._rendered(place), self.rules, int(row["line"]))[1]
+            return shortened_or_dropped(self._rendered(place)[0], self.rules, int(row["line"]))[1]
         too_long = self.rules.too_long(int(row["chosen"]), int(row["rejected"]))
         return RowOutcome(int(row["line"]), "dropped", too_long)
 
@@ -66,17 +67,16 @@ class PairSource:
         """Close the file."""
         self._file.close()
 
-    def _rendered(self, place: int) -> RenderedPair:
+    def _rendered(self, place: int) -> tuple[RenderedPair, PreferenceExample]:
         row = self.index.rows[place]
-        rendered = render_usable(
-            self._renderer, read_row(self._file.row_at(int(row["offset"])), int(row["line"]))[1]
-        )
+        _, example = read_row(self._file.row_at(int(row["offset"])), int(row["line"]))
+        rendered = render_usable(self._renderer, example)
         lengths = rendered.prompt_len, len(rendered.chosen_tokens), len(rendered.rejected_tokens)
         if lengths != (row["prompt_len"], row["chosen"], row["rejected"]):
             raise DataError(
                 f"{self.index.path}:{row['line']}: the row is another one than when it was checked"
             )
-        return rendered
+        return rendered, example
 
 
 @dataclass(frozen=True, eq=False)

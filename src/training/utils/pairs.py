@@ -45,6 +45,8 @@ class PreferencePair:
     rejected: Datum
     prompt_len: int
     line: int
+    weight: float = 1.0
+    """How much it counts in the loss of its step."""
 
     def __post_init__(self) -> None:
         chosen, rejected = _sequence("chosen", self.chosen), _sequence("rejected", self.rejected)
@@ -204,7 +206,7 @@ def render_pairs(
             continue
         fitted, outcome = _fitted(rendered, rules, example.line)
         outcomes += [outcome] if outcome else []
-        pairs += [pair_of(fitted, example.line)] if fitted else []
+        pairs += [pair_of(fitted, example)] if fitted else []
     if rules.on_bad_row == "fail":
         refuse_rows(file.path, refused, len(refused))
     outcomes += [
@@ -242,9 +244,9 @@ def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedPai
     return rendered
 
 
-def pair_of(rendered: RenderedPair, line: int) -> PreferencePair:
+def pair_of(rendered: RenderedPair, example: PreferenceExample) -> PreferencePair:
     """The pair of a row whose tokens fit."""
-    return PreferencePair(*_datums(rendered), rendered.prompt_len, line)
+    return PreferencePair(*_datums(rendered), rendered.prompt_len, example.line, example.weight)
 
 
 def _fitted(

@@ -12,7 +12,8 @@ text               {"chosen": {"text": "…"}, "rejected": {"text": "…"}}, or 
 samples            {"samples": [{"messages": […], "score": 1.0}, {"messages": […], "score": 0.0}]}
 =================  =============================================================================
 
-`tools` (a list of function schemas) may stand beside messages. Of messages everything is kept, except that
+`tools` (a list of function schemas) may stand beside messages; `weight` (a number above 0, 1 where there is none) says
+in any form how much the row counts in the loss of its step. Of messages everything is kept, except that
 a list of text parts becomes one string and null content (beside tool_calls) becomes "", which every template
 can show.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -111,7 +112,7 @@ def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
     row = parse_row(raw)
     form = _format_of(row)
     refuse_unread(row)
-    return form.name, form.read(row, line)
+    return form.name, replace(form.read(row, line), weight=_weight(row))
 
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> PreferenceFile:
@@ -252,6 +253,13 @@ def _read_samples(row: Row, line: int) -> PreferenceExample:
         refuse_same_texts(chosen_text, rejected_text, f"samples[{worst}]")
         return TextExample(chosen_text, rejected_text, line)
     raise ExampleError("samples", f"{' and '.join(sorted(forms))}; expected messages in both or text in both")
+
+
+def _weight(row: Row) -> float:
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ExampleError("weight", f"{shown(weight)}; expected a number above 0")
+    return float(weight)
 
 
 def _score(sample: Row, place: str) -> float:

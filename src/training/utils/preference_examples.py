@@ -43,6 +43,7 @@ class ChatExample:
     rejected: Messages
     tools: Tools
     line: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class PlainExample:
     chosen: str
     rejected: str
     line: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TextExample:
     chosen: str
     rejected: str
     line: int
+    weight: float = 1.0
 
 
 PreferenceExample: TypeAlias = ChatExample | PlainExample | TextExample

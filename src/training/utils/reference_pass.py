@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from firesteel.sdk import ServiceClient
 from firesteel.store import home
 from training.utils.checkpoints import ReferenceRecord
@@ -118,3 +120,47 @@ class References:
     def close(self) -> None:
         """Close the cache."""
         self._cache.close()
+
+
+class NoReferences:
+    """For a loss that reads no reference: one that says 0 of every token, and is never loaded."""
+
+    start: str | None = None
+    job_id: str | None = None
+    seconds = 0.0
+
+    def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
+        """That there is none."""
+        return ReferenceRecord(weights="none", numerics="none", path=None, probes=[])
+
+    def tolerance(self, before: ReferenceRecord) -> float:
+        """Nothing is compared."""
+        return 0.0
+
+    def prepare(
+        self,
+        sets: Sequence[PairSet],
+        display: Display,
+        seed: int,
+        after_block: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Nothing to ask."""
+
+    def of(self, pairs: Sequence[PreferencePair]) -> list[PairLogprobs]:
+        """Zeros, one for each scored token."""
+        scored = [
+            [int(np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy())) for datum in pair.datums]
+            for pair in pairs
+        ]
+        return [PairLogprobs(*(np.zeros(tokens, np.float32) for tokens in sides)) for sides in scored]
+
+    asked_now = of
+
+    def finish(self, display: Display) -> None:
+        """Nothing to say."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+AnyReferences = References | NoReferences
