@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -123,7 +124,14 @@ def damage(folder: Path, *, names: Iterable[str] = ()) -> str | None:
         return f"{folder / MANIFEST} is not a manifest ({error!r})"
     if missing := set(names) - {file.name for file in files}:
         return f"{folder / MANIFEST} does not list {', '.join(sorted(missing))}"
+    # A manifest may come from anywhere, and must not lead out of its folder.
+    if strange := [file.name for file in files if not _is_plain_name(file.name)]:
+        return f"{folder / MANIFEST} lists {strange[0]!r}, which is not the name of a file in it"
     return next(filter(None, (_file_damage(folder / file.name, file) for file in files)), None)
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and name == Path(name).name
 
 
 def _list_sha256(files: Sequence[Mapping[str, Any]]) -> str:
@@ -132,7 +140,10 @@ def _list_sha256(files: Sequence[Mapping[str, Any]]) -> str:
 
 def _file_damage(path: Path, expected: SealedFile) -> str | None:
     try:
-        size = path.stat().st_size
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path} is not a file"
+        size = found.st_size
         if size != expected.size:
             return f"{path} has {size} bytes instead of {expected.size}"
         if _sha256(path) != expected.sha256:

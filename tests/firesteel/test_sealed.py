@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +43,36 @@ def test_any_flipped_bit_is_found(
 def test_a_manifest_that_leaves_a_file_out_does_not_hide_it(tmp_path: Path) -> None:
     write(tmp_path / "a", one=b"1")
     assert "does not list two" in str(damage(tmp_path / "a", names=("one", "two")))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "/dev/zero", "..", "", "a/b", "inner/../../outside"]
+)
+def test_a_manifest_from_elsewhere_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_bytes(b"secret")
+    write(tmp_path / "a", one=b"1")
+    listed = [{"name": name, "size": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}]
+    write_manifest(tmp_path / "a", listed)
+    found = str(damage(tmp_path / "a"))
+    assert "is not the name of a file in it" in found
+    assert "bytes instead" not in found  # nor is anything told of what is there
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "a", one=b"1")
+    (tmp_path / "a/one").unlink()
+    (tmp_path / "a/one").symlink_to("/dev/zero")
+    assert "is not a file" in str(damage(tmp_path / "a"))
+    (tmp_path / "a/one").unlink()
+    os.mkfifo(tmp_path / "a/one")
+    assert "is not a file" in str(damage(tmp_path / "a"))
+
+
+def write_manifest(folder: Path, files: list[dict[str, object]]) -> None:
+    """As anybody could write one: with the right hash of the list."""
+    listed = json.dumps(files, indent=1, sort_keys=True).encode() + b"\n"
+    content = {"files": files, "sha256": hashlib.sha256(listed).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(content))
 
 
 def fail_in_between(target: Path) -> None:

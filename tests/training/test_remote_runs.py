@@ -11,7 +11,7 @@ from runs import RANKS, config, outcome
 
 import firesteel
 from conftest import make_pairs
-from firesteel.sdk import AdamParams, TrainerLost, TrainerRewound
+from firesteel.sdk import AdamParams, TrainerLost, TrainerRewound, TrainingClient
 from firesteel.service.service import Service
 from training.recipes.dpo_loop import main
 from training.utils.client import ReconnectableClient
@@ -135,6 +135,31 @@ def test_a_loop_of_ones_own_sees_that_its_trainer_was_rewound_and_to_where(
             step()
         assert (caught.value.step, caught.value.checkpoint) == (1, str(tmp_path / "state"))
         assert [step(), step()] == losses
+
+
+def test_a_trainer_that_is_lost_once_more_while_it_is_rewound_is_rewound(
+    tmp_path: Path, remote: Service, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_pairs(rng, 2)
+    with firesteel.connect() as service:
+        made = service.create_training_client("tiny-llama", lora_rank=2)
+        client = ReconnectableClient.from_training_client(made, service=service)
+        client.save_state(str(tmp_path / "state"))
+        expected = client.forward(data).metrics["loss:sum"]
+        load = TrainingClient.load_state_with_optimizer
+        losses = iter([True, True, False])
+
+        def lose_and_load(self: TrainingClient, path: str) -> Any:
+            if next(losses):
+                lose_everything(remote)
+            return load(self, path)
+
+        monkeypatch.setattr(TrainingClient, "load_state_with_optimizer", lose_and_load)
+        lose_everything(remote)
+        with pytest.raises(TrainerRewound):
+            client.forward(data)
+        assert next(losses, None) is None
+        assert client.forward(data).metrics["loss:sum"] == expected
 
 
 def test_a_loop_that_has_saved_nothing_is_told_that_its_trainer_is_lost(remote: Service, rng: Any) -> None:

@@ -28,7 +28,15 @@ from firesteel.engine.models import (
 from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
 from firesteel.engine.states import is_state, read_start, read_state, write_state
-from firesteel.engine.trainer import Retained, Scores, Sequences, Trainer, built_in_loss, slopes_of
+from firesteel.engine.trainer import (
+    ACTIVATION_TOKEN_BUDGET,
+    Retained,
+    Scores,
+    Sequences,
+    Trainer,
+    built_in_loss,
+    slopes_of,
+)
 from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import CheckpointError, ConfigError, ModelError, OperationError
 from firesteel.sdk.operations import (
@@ -71,6 +79,7 @@ from firesteel.sdk.validation import check_data
 from firesteel.sealed import storage_errors, sync
 
 KEPT_FORWARDS = 128
+SHARED_BUDGETS = 4
 DEVICE_VARIABLE = "FIRESTEEL_DEVICE"
 
 
@@ -97,6 +106,11 @@ class HostedModel:
         self.retained[seq_id] = forward
         if len(self.retained) > KEPT_FORWARDS:
             del self.retained[min(self.retained)]
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens of the graphs that wait for their backward."""
+        return sum(forward.retained.tokens for forward in self.retained.values())
 
     def take_offered(self, sequences: Sequences) -> RetainedForward | None:
         """The forward that was offered to a call of these sequences, and is its own from now on."""
@@ -284,11 +298,21 @@ class Host:
         offered = operation.offer and model.description.trainable
         if not (operation.retain or offered):
             return _answer(model.trainer.forward(sequences, loss))
-        held = sum(forward.retained.tokens for forward in model.retained.values())
-        scores, retained = model.trainer.forward_retained(sequences, loss, held)
+        scores, retained = model.trainer.forward_retained(sequences, loss, self._graph_tokens_held(model))
         forward = RetainedForward(retained, _answer(scores), offered)
         model.retain(operation.seq_id, forward)
         return forward.answer
+
+    def _graph_tokens_held(self, model: HostedModel) -> int:
+        """Tokens whose graphs are kept, as far as they take from this model's budget.
+
+        All models of a device share `SHARED_BUDGETS` times the default: each may use its own while others leave room.
+        """
+        own = model.graph_tokens
+        device = model.description.shape.device
+        beside = [m for m in self.models.values() if m is not model and m.description.shape.device == device]
+        room_beside = (SHARED_BUDGETS - 1) * ACTIVATION_TOKEN_BUDGET[device]
+        return own + max(0, sum(m.graph_tokens for m in beside) - room_beside)
 
     def _forward_backward(self, operation: ForwardBackward) -> ForwardBackwardOutput:
         model = self._model(operation.model_id)
@@ -395,9 +419,7 @@ class Host:
 
     def no_model(self, model_id: str) -> str:
         """What to say of a model that is not here."""
-        return (
-            f"there is no model {model_id!r} here (unloaded?); there are: {', '.join(self.models) or 'none'}"
-        )
+        return f"there is no model {model_id!r} here: it was unloaded, or never made"
 
     def close(self) -> None:
         """Finish writing, and let go of every model."""

@@ -6,12 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from firesteel.engine.attention import using_attention
 from firesteel.engine.models import BaseModel
 from firesteel.sdk.errors import OperationError
 from firesteel.sdk.types import ModelInput, SampledSequence, SamplingParams
+
+TOKENS_AT_ONCE = 2**14
+"""Of prompt and answers that are drawn together: each keeps its keys and values. More answers are drawn in turn."""
 
 
 def sample(
@@ -38,17 +49,59 @@ def sample(
     ):
         # Without a seed each call draws anew; the process's own random state moves in neither case.
         torch.manual_seed(torch.seed() if params.seed is None else params.seed)
-        output = base.network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=_generation_config(params, stop, num_samples if params.temperature > 0 else 1),
-        )
-    steps = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
-    answers = [
-        _cut(answer, scores, stop)
-        for answer, scores in zip(output.sequences[:, len(tokens) :], steps, strict=True)
-    ]
-    return answers if params.temperature > 0 else answers * num_samples  # greedy: always the same
+        if params.temperature == 0:
+            return _answers(base.network, ids, params, stop, 1) * num_samples  # always the same
+        at_once = max(1, TOKENS_AT_ONCE // (len(tokens) + params.max_tokens))
+        sizes = [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
+        return [answer for size in sizes for answer in _answers(base.network, ids, params, stop, size)]
+
+
+def _answers(
+    network: PreTrainedModel, ids: torch.Tensor, params: SamplingParams, stop: list[int], count: int
+) -> list[SampledSequence]:
+    """So many answers, drawn together."""
+    chosen = _ChosenLogprobs()
+    sequences = network.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=_generation_config(params, stop, count),
+        logits_processor=LogitsProcessorList([*_warpers(params), chosen]),
+    )
+    scored = chosen.of(sequences)
+    rows = zip(sequences[:, ids.shape[1] :].tolist(), scored.tolist(), strict=True)
+    return [_cut(answer, scores, stop) for answer, scores in rows]
+
+
+class _ChosenLogprobs(LogitsProcessor):  # type: ignore[misc]
+    """The log-probability of each token that is drawn. `generate` would keep those of the whole vocabulary."""
+
+    def __init__(self) -> None:
+        self._of_this_step: torch.Tensor | None = None
+        self._chosen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Called with what was drawn before, and the scores that the next is drawn by."""
+        self._take(input_ids)
+        self._of_this_step = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def of(self, sequences: torch.Tensor) -> torch.Tensor:
+        """``[samples, steps]``, once all is drawn."""
+        self._take(sequences)
+        return torch.stack(self._chosen, dim=1)
+
+    def _take(self, sequences: torch.Tensor) -> None:
+        if self._of_this_step is not None:
+            self._chosen.append(self._of_this_step.gather(1, sequences[:, -1:])[:, 0])
+
+
+def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+    """What `generate` would make of these settings itself, but behind every processor of ours."""
+    if params.temperature == 0:
+        return []
+    warpers = [TemperatureLogitsWarper(params.temperature)] if params.temperature != 1 else []
+    warpers += [TopKLogitsWarper(params.top_k)] if params.top_k > 0 else []
+    return warpers + ([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else [])
 
 
 @contextmanager
@@ -71,27 +124,18 @@ def _stop_tokens(base: BaseModel, params: SamplingParams) -> list[int]:
 
 
 def _generation_config(params: SamplingParams, stop: list[int], num_samples: int) -> GenerationConfig:
-    drawn = {
-        "do_sample": True,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k if params.top_k > 0 else 0,
-    }
+    as_warped = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # see _warpers
     return GenerationConfig(
         max_new_tokens=params.max_tokens,
         num_return_sequences=num_samples,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else None,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **(drawn if params.temperature > 0 else {"do_sample": False}),
+        **(as_warped if params.temperature > 0 else {"do_sample": False}),
     )
 
 
-def _cut(answer: torch.Tensor, scores: torch.Tensor, stop: list[int]) -> SampledSequence:
+def _cut(tokens: list[int], scores: list[float], stop: list[int]) -> SampledSequence:
     """One answer up to and including the token that stopped it."""
-    tokens = answer.tolist()
     ends = [i for i, token in enumerate(tokens) if token in stop]
     length = ends[0] + 1 if ends else len(tokens)
-    chosen = scores[torch.arange(length), answer[:length]]
-    return SampledSequence("stop" if ends else "length", tokens[:length], chosen.tolist())
+    return SampledSequence("stop" if ends else "length", tokens[:length], scores[:length])

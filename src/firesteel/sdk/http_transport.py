@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import shutil
 import threading
@@ -21,7 +22,14 @@ from typing import Any
 import httpx2
 
 from firesteel.sdk import wire
-from firesteel.sdk.errors import ClosedError, FiresteelError, OperationError, TrainerLost, TransportError
+from firesteel.sdk.errors import (
+    AuthError,
+    ClosedError,
+    FiresteelError,
+    OperationError,
+    TrainerLost,
+    TransportError,
+)
 from firesteel.sdk.http_connection import HTTPConnection, Request
 from firesteel.sdk.operations import (
     CreateBaseReference,
@@ -44,6 +52,8 @@ logger = logging.getLogger("firesteel")
 PATIENCE = 300.0
 HEARTBEAT_SECONDS = 10.0
 _TRANSFER = "transfer:"
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a file of a state or an adapter may be called, on either side."""
 _IN_FLIGHT = 32
 
 
@@ -133,15 +143,18 @@ class HTTPTransport:
             sent = self._prepare(operation)
             content = wire.encode_operation(sent)
         except (FiresteelError, OSError, TypeError, ValueError) as error:
-            if isinstance(operation, OrderedOperation):
-                # Its number is used up all the same, as it would be by an engine.
-                refused = Refused(operation.model_id, operation.seq_id, str(error))
-                with suppress(FiresteelError):
-                    self._exchange(refused, wire.encode_operation(refused))
+            self._use_up(operation, error)
             if isinstance(error, FiresteelError):
                 raise
             raise OperationError(f"{operation_name(operation)}: {error}") from error
         return self._conclude(operation, sent, content)
+
+    def _use_up(self, operation: Operation, error: Exception) -> None:
+        """The number of an operation that did not run is used up all the same, as it would be by an engine."""
+        if isinstance(operation, OrderedOperation) and not isinstance(operation, Refused):
+            refused = Refused(operation.model_id, operation.seq_id, str(error))
+            with suppress(FiresteelError):  # it may have been used up there
+                self._exchange(refused, wire.encode_operation(refused))
 
     def _prepare(self, operation: Operation) -> Operation:
         """The operation as the server can run it: what it reads is sent, what it writes is written there."""
@@ -192,7 +205,13 @@ class HTTPTransport:
         # Named once: however often it is sent, it runs once.
         headers = {"firesteel-request": secrets.token_hex(16), "firesteel-session": session_id}
         request = Request("POST", "/api/v1/operations", content, {**headers, "content-type": wire.MEDIA_TYPE})
-        reply = self._connection.ask(request)
+        try:
+            reply = self._connection.ask(request)
+        except (TransportError, TrainerLost, AuthError, ClosedError):
+            raise
+        except FiresteelError as error:  # refused at the door, perhaps before its number was read
+            self._use_up(operation, error)
+            raise
         while reply.status == 202:
             reply = self._connection.ask(Request("GET", "/api/v1/operations", headers=headers))
         return wire.decode_result(operation, reply.content)
@@ -233,7 +252,7 @@ class HTTPTransport:
         reply = self._connection.ask(Request("POST", "/api/v1/transfers"))
         transfer_id = str(reply.json()["transfer_id"])
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if not path.is_file() or path.name.startswith("."):  # `.gitattributes` and the like
+            if not path.is_file() or not _FILE.fullmatch(path.name):  # `.gitattributes` and the like
                 continue
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -246,6 +265,10 @@ class HTTPTransport:
         """Bring what the trainer has written to a new folder here: whole, hashed and on the disk, or not at all."""
         where = f"/api/v1/transfers/{transfer_id}"
         files = self._connection.ask(Request("GET", where)).json()["files"]
+        if strange := [file["name"] for file in files if not _FILE.fullmatch(file["name"])]:
+            raise TransportError(
+                f"{target}: the server has sent {strange[0]!r}, which is not the name of a file"
+            )
         partial = target.with_name(f".partial-{target.name}-{secrets.token_hex(4)}")
         with storage_errors(target, sum(file["size"] for file in files)):
             try:

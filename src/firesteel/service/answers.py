@@ -61,25 +61,25 @@ class Answer:
     future: asyncio.Future[Any]
     finished: float | None = None
     delivered: float | None = None
+    bytes: int = 0
+    """Of the arrays that it keeps, once it is there."""
 
     def finish(self, done: asyncio.Future[Any]) -> None:
-        """Note the time at which it is there."""
+        """Note the time at which it is there, and its size."""
         self.finished = time.monotonic()
-        # Looked at here, so that nothing complains about an error that its client never asks for.
-        _ = done.cancelled() or done.exception()
+        # Its error is looked at here, so that nothing complains about one that its client never asks for.
+        if not done.cancelled() and done.exception() is None:
+            self.bytes = _bytes_of(done.result())
 
-    @property
-    def bytes(self) -> int:
-        """Of the arrays that it keeps."""
-        if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
+
+def _bytes_of(result: Any) -> int:
+    match result:
+        case ForwardBackwardOutput():
+            return sum(t.to_numpy().nbytes for values in result.loss_fn_outputs for t in values.values())
+        case Examined():
+            return sum(values.nbytes for values in result.logprobs)
+        case _:
             return 0
-        match self.future.result():
-            case ForwardBackwardOutput() as output:
-                return sum(t.to_numpy().nbytes for values in output.loss_fn_outputs for t in values.values())
-            case Examined() as examined:
-                return sum(values.nbytes for values in examined.logprobs)
-            case _:
-                return 0
 
 
 class Answers:

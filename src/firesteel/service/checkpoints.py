@@ -2,17 +2,19 @@
 
 ::
 
-    HOME/service/checkpoints/ACCOUNT/jobs/JOB/training/NAME/      a saved state: weights and optimizer, sealed
-    HOME/service/checkpoints/ACCOUNT/jobs/JOB/sampler/NAME/       an export: an adapter, or a whole model
+    HOME/service/checkpoints/ACCOUNT/jobs/JOB/training/NAME/ID/   a saved state: weights and optimizer, sealed
+    HOME/service/checkpoints/ACCOUNT/jobs/JOB/sampler/NAME/ID/    an export: an adapter, or a whole model
     HOME/service/checkpoints/ACCOUNT/models/MODEL/…               the same, of models that belong to no job
 
-A folder is written whole before its record is added, so what is listed is whole. Names come from clients and become
-folders: they are checked against one pattern, and nothing else decides a path.
+A folder is written whole before its record is added, so what is listed is whole. Its id is new each time: what was
+read from a folder (a base that stays loaded) is what is there, also when a name is used again. Names come from clients
+and become folders: they are checked against one pattern, and nothing else decides a path.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -47,23 +49,26 @@ class Checkpoints:
     def __init__(self, home: Path, records: Records) -> None:
         self._home = home
         self._records = records
-        self._given: set[Path] = set()
+        self._being_written: set[Path] = set()
 
     def new_folder(self, model: ServedModel, name: str, kind: Kind) -> Path:
         """Where a checkpoint of this model will be. Raises `CheckpointError` for a name that is none, or is taken."""
         check_name(name)
         if self._records.checkpoint(model.place.account, model.owner, name, kind) is not None:
             raise CheckpointError(f"path: there is a {kind} checkpoint {name!r} already; choose another name")
-        folder = self._folder(model.place.account, model.owner, kind, name)
-        if folder.exists():
-            if folder in self._given:
-                raise CheckpointError(
-                    f"path: a {kind} checkpoint {name!r} is being kept; choose another name"
-                )
-            # Written by a process that ended before it was listed: nobody has been told that it exists.
-            shutil.rmtree(folder)
-        self._given.add(folder)
+        of_this_name = self._folder(model.place.account, model.owner, kind, name)
+        if any(folder.parent == of_this_name for folder in self._being_written):
+            raise CheckpointError(f"path: a {kind} checkpoint {name!r} is being kept; choose another name")
+        # What is there was written by a process that ended before it was listed: nobody knows of it.
+        shutil.rmtree(of_this_name, ignore_errors=True)
+        folder = of_this_name / secrets.token_hex(4)
+        self._being_written.add(folder)
         return folder
+
+    def give_up(self, folder: Path) -> None:
+        """It was not written, or could not be listed: its name is free again."""
+        self._being_written.discard(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, model: ServedModel, name: str, kind: Kind, folder: Path) -> Checkpoint:
         """List a checkpoint that is whole on the disk."""
@@ -79,6 +84,7 @@ class Checkpoints:
             created=now(),
         )
         self._records.add_checkpoint(checkpoint)
+        self._being_written.discard(folder)
         return checkpoint
 
     def of(self, account: str, owner: str | None = None) -> list[Checkpoint]:
@@ -119,8 +125,9 @@ class Checkpoints:
         return Reference(place.owner_of(model_id), None, check_name(text))
 
     def _owner_of(self, model_id: str, place: Place) -> str:
-        """A model of a job keeps its checkpoints with the job."""
-        return f"jobs/{place.job_id}" if place.job_id else f"models/{model_id}"
+        """A model of a job keeps its checkpoints with the job; one that has some of its own belongs to none."""
+        own = f"models/{model_id}"
+        return own if place.job_id is None or self.of(place.account, own) else f"jobs/{place.job_id}"
 
     def _folder(self, account: str, owner: str, kind: Kind, name: str) -> Path:
         return self._home / "checkpoints" / account / owner / kind / name

@@ -362,6 +362,7 @@ async def asample(body: bodies.SampleBody, place: Here, service: Served) -> dict
 async def retrieve_future(body: bodies.RetrieveBody, place: Here, service: Served) -> Response:
     """The result of a promise, or 408 after some seconds: ask again."""
     answer = service.answers.find(body.request_id, place.account)
+    service.sessions.touch(answer.asked.session_id)
     if not await service.answers.wait(answer, service.limits.poll_seconds):
         content = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return _json(content, status=408)

@@ -29,6 +29,7 @@ logger = logging.getLogger("firesteel.service")
 
 _JOB_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 RESUMABLE = (JobState.FAILED, JobState.CANCELLED, JobState.PAUSED, JobState.COMPLETED)
+TENDED = (JobState.PENDING, JobState.CREATING, JobState.RUNNING)
 START_SECONDS = 2.0
 IDLE_SECONDS = 3600
 LONGEST_IDLE_SECONDS = 3 * 3600
@@ -109,7 +110,7 @@ class Jobs:
                 f"rlorTrainerJobId: {request.job_id!r}; 1 to 63 lower-case letters, digits and '-' make an id"
             )
         existing = self._records.job(account, request.job_id)
-        if existing is not None:
+        if existing is not None and existing.state is not JobState.DELETED:
             return await self._again(existing, request)
         shape = self._shape(account, request)
         moment = now()
@@ -129,17 +130,18 @@ class Jobs:
             created=moment,
             updated=moment,
         )
-        if not self._records.add_job(job):
+        # An id whose job was deleted may be used again, whatever the job was.
+        kept = self._records.add_job(job) if existing is None else self._records.renew_job(job)
+        if not kept:
             raise JobExists(f"rlorTrainerJobId: there is a job {request.job_id!r} already")
         return await self._start(job)
 
     async def _again(self, existing: Job, request: JobRequest) -> Job:
         if existing.request_sha256 != request.sha256:
-            was = "was one, deleted," if existing.state is JobState.DELETED else "is a job"
             raise JobExists(
-                f"rlorTrainerJobId: there {was} {request.job_id!r} with other settings; choose another id"
+                f"rlorTrainerJobId: there is a job {request.job_id!r} with other settings; choose another id"
             )
-        return await self._start(existing) if existing.state is JobState.DELETED else existing
+        return existing
 
     async def resume(self, place: Place) -> Job:
         """Bring a stopped job back; one that runs is left alone."""
@@ -170,7 +172,7 @@ class Jobs:
 
     async def tend(self) -> None:
         """Stop what has been idle for longer than its client allowed, and bring up what an ended server did not."""
-        for job in await asyncio.to_thread(self._records.jobs):
+        for job in await asyncio.to_thread(self._records.jobs, None, TENDED):
             place = Place(job.account, job.job_id)
             if job.state in (JobState.PENDING, JobState.CREATING):
                 self._bringing_up(job)
@@ -178,12 +180,10 @@ class Jobs:
                 continue
             used = self._used.setdefault((job.account, job.job_id), time.monotonic())
             if time.monotonic() - used > job.inactivity_timeout_s:
-                self._set(
-                    job,
-                    JobState.PAUSED,
-                    f"idle for more than {job.inactivity_timeout_s} s; resume it to go on",
-                )
-                await self._end_sessions(place)
+                idle = f"idle for more than {job.inactivity_timeout_s} s; resume it to go on"
+                if not self._set(job, JobState.PAUSED, idle, was=JobState.RUNNING):
+                    continue  # deleted meanwhile
+                self._service.beside(self._end_sessions(place))
 
     def _shape(self, account: str, request: JobRequest) -> TrainingShape:
         """Refuse an unknown shape or model at once, before anything is fetched."""
@@ -231,8 +231,8 @@ class Jobs:
         if now_there is not None and now_there.state is JobState.CREATING:
             self._set(job, state, message)
 
-    def _set(self, job: Job, state: JobState, message: str = "") -> None:
-        self._records.update_job(job.account, job.job_id, state, message, now())
+    def _set(self, job: Job, state: JobState, message: str = "", was: JobState | None = None) -> bool:
+        return self._records.update_job(job.account, job.job_id, state, message, now(), was)
 
     async def _end_sessions(self, place: Place) -> None:
         for session in self._service.sessions.of(place):

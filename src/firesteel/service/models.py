@@ -115,7 +115,7 @@ class Models:
 
 
 def _origin(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.owner}/{checkpoint.name}"
+    return f"{checkpoint.owner}/{checkpoint.name} of {checkpoint.created.isoformat()}"  # a name may be used again
 
 
 def _copy_folders(sources: Mapping[str, Path], target: Path, size: int) -> None:

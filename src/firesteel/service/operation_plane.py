@@ -72,6 +72,7 @@ async def _answer(service: Service, key: tuple[object, ...]) -> Response:
     answer = service.answers.of_key(key)
     if answer is None:
         raise TrainerLost(f"there is no operation of request {key[-1]!r} here: the server was started anew")
+    service.sessions.touch(answer.asked.session_id)
     if not await service.answers.wait(answer, service.limits.poll_seconds):
         return Response(status_code=202)
     error = answer.future.exception()

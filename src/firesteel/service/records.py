@@ -16,7 +16,7 @@ import hmac
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -349,16 +349,31 @@ class Records:
         row = self._one(_JOBS.select().where(_is(_JOBS, account=account, job_id=job_id)))
         return None if row is None else Job(**row)
 
-    def jobs(self, account: str | None = None) -> list[Job]:
-        """The jobs of an account, or of all, oldest first."""
+    def renew_job(self, job: Job) -> bool:
+        """Put a job in the place of a deleted one of its id; False, and nothing changes, if that is not deleted."""
+        found = _is(_JOBS, account=job.account, job_id=job.job_id, state=JobState.DELETED)
+        return self._changed(update(_JOBS).where(found).values(**vars(job)))
+
+    def jobs(self, account: str | None = None, states: Collection[JobState] | None = None) -> list[Job]:
+        """The jobs of an account, or of all, in these states or any, oldest first."""
         query = _JOBS.select().order_by(_JOBS.c.created, _JOBS.c.account, _JOBS.c.job_id)
         if account is not None:
             query = query.where(_JOBS.c.account == account)
+        if states is not None:
+            query = query.where(_JOBS.c.state.in_(states))
         return [Job(**row) for row in self._all(query)]
 
-    def update_job(self, account: str, job_id: str, state: JobState, message: str, when: datetime) -> bool:
-        """Note a job's new state; False if there is no such job."""
-        found = _is(_JOBS, account=account, job_id=job_id)
+    def update_job(
+        self,
+        account: str,
+        job_id: str,
+        state: JobState,
+        message: str,
+        when: datetime,
+        was: JobState | None = None,
+    ) -> bool:
+        """Note a job's new state; False if there is no such job, or it is no longer in the state that it `was` in."""
+        found = _is(_JOBS, account=account, job_id=job_id, **({} if was is None else {"state": was}))
         return self._changed(update(_JOBS).where(found).values(state=state, message=message, updated=when))
 
     def update_job_context(self, account: str, job_id: str, max_context_length: int) -> bool:

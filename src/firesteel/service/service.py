@@ -70,14 +70,16 @@ class Limits:
     """Of one prompt in one request."""
     waiting: int = 1000
     """Operations of one session that wait for their turn."""
-    activation_tokens: int = 2**18
+    sampled_tokens: int = 2**17
+    """Of all samples of one request."""
+    activation_tokens: int = 2**16
     """Most tokens whose graph a model may ask to have kept."""
-    gap_seconds: float = 60.0
-    """How long an operation waits for an earlier number of its model."""
+    gap_seconds: float = 330.0
+    """How long an operation waits for an earlier number of its model: longer than a client of ours asks again."""
     session_seconds: float = 300.0
     """How long a session lives without a call or a heartbeat."""
     retained_seconds: float = 600.0
-    """How long a forward waits for its backward."""
+    """How long a forward that has run waits for its backward."""
     poll_seconds: float = 20.0
     """How long a request for an answer is held; clients give up after 45 s."""
 
@@ -126,9 +128,20 @@ class Service:
             raise Busy(
                 f"{self.limits.waiting} operations of this session wait already; send more when some are done"
             )
+        return self._noted(model, operation, self.engine.submit(operation, model.session_id))
+
+    async def _noted(self, model: ServedModel, operation: Operation, future: Future[Any]) -> Any:
+        """The result, once the account of what waits for a backward is right: only what has run changes it."""
+        try:
+            result = await self._timed(operation, future)
+        except OperationError as error:
+            if not self.sessions.holds(model):
+                raise TrainerLost(
+                    f"{model.model_id}: it was unloaded, or its session ended, before {operation_name(operation)} ran"
+                ) from error
+            raise
         model.note(operation)
-        future = self.engine.submit(operation, model.session_id)
-        return self._timed(operation, future)
+        return result
 
     async def _timed(self, operation: Operation, future: Future[Any]) -> Any:
         with self.metrics.operation(operation):
@@ -144,6 +157,12 @@ class Service:
                     f"num_samples: {operation.num_samples}; this server draws {self.limits.samples} in one request"
                 )
             check_sampling(operation.sampling_params, operation.num_samples)
+            tokens = operation.num_samples * operation.sampling_params.max_tokens
+            if tokens > self.limits.sampled_tokens:
+                raise OperationError(
+                    f"num_samples × max_tokens: {tokens}; this server draws {self.limits.sampled_tokens} tokens in one "
+                    "request, send several"
+                )
         if not isinstance(operation, DataOperation):
             return
         loss_fn = "cross_entropy" if isinstance(operation, Examine) else operation.loss_fn
@@ -277,9 +296,14 @@ class Service:
 
     async def _listed(self, saved: Awaitable[Any], model: ServedModel, kind: Kind, folder: Path) -> str:
         """What is listed is whole: after its folder is there."""
-        await saved
-        self.checkpoints.add(model, folder.name, kind, folder)
-        return folder.name if model.place.job_id is not None else tinker_path(model, kind, folder.name)
+        name = folder.parent.name
+        try:
+            await saved
+            self.checkpoints.add(model, name, kind, folder)
+        except FiresteelError:
+            await asyncio.to_thread(self.checkpoints.give_up, folder)
+            raise
+        return name if model.place.job_id is not None else tinker_path(model, kind, name)
 
     def load_state(self, model: ServedModel, seq_id: int, path: str, optimizer: bool) -> Awaitable[Any]:
         """Go on from a named checkpoint; of an adapter's export, or a promoted adapter, the weights only."""

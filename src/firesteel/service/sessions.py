@@ -47,7 +47,7 @@ class ServedModel:
     session_id: str
     lora: LoraConfig | None
     retained: dict[int, float] = field(default_factory=dict)
-    """When each forward that waits for its backward was sent, by `seq_id`."""
+    """Since when each forward waits for its backward, by `seq_id`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,10 +56,10 @@ class ServedModel:
         return self.description.model_id
 
     def note(self, operation: Operation) -> None:
-        """Keep account of the forwards that wait for a backward."""
+        """An operation has run: keep account of the forwards that wait for a backward."""
         match operation:
             case Forward() if self.description.trainable and (operation.retain or operation.offer):
-                self.retained[operation.seq_id] = time.monotonic()
+                self.retained[operation.seq_id] = time.monotonic()  # its answer is there: the wait begins
             case Backward():
                 self.retained.pop(operation.of, None)
             case OptimStep() | LoadState():
@@ -70,7 +70,7 @@ class ServedModel:
     def overdue(self, seconds: float) -> list[int]:
         """Take the forwards that have waited for their backward for longer."""
         limit = time.monotonic() - seconds
-        overdue = [seq_id for seq_id, sent in self.retained.items() if sent < limit]
+        overdue = [seq_id for seq_id, since in self.retained.items() if since < limit]
         for seq_id in overdue:
             del self.retained[seq_id]
         return overdue
@@ -131,6 +131,16 @@ class Sessions:
         _refuse_other(model.place, place, f"model {model_id!r}")
         session.seen = time.monotonic()
         return model
+
+    def holds(self, model: ServedModel) -> bool:
+        """Whether a model is still a session's."""
+        session = self._sessions.get(model.session_id)
+        return session is not None and model.model_id in session.models
+
+    def touch(self, session_id: str) -> None:
+        """A client of it has asked for something: it is alive."""
+        if session_id in self._sessions:
+            self._sessions[session_id].seen = time.monotonic()
 
     def all(self) -> list[Session]:
         """Every session, oldest first."""

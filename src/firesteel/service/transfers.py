@@ -83,7 +83,7 @@ class Transfers:
     def files(self, account: str, transfer_id: str) -> list[TransferFile]:
         """What there is to fetch."""
         folder = self.place(account, transfer_id)
-        return [_described(path) for path in sorted(folder.iterdir())]
+        return [_described(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
 
     def file(self, account: str, transfer_id: str, name: str) -> Path:
         """One file to fetch."""

@@ -24,6 +24,9 @@ from firesteel.sdk.operations import LossName, ModelDescription, ModelIdentity
 
 T = TypeVar("T")
 
+REWINDS = 5
+"""How often a state is loaded again where the server ends while that is done."""
+
 
 @dataclass(frozen=True)
 class _SavedState:
@@ -88,8 +91,14 @@ class ReconnectableClient:
                 "state with load_state_with_optimizer(PATH)"
             ) from lost
         newest = whole[-1]
-        self._client = self._service.recreate_training_client(self._client)
-        self._client.load_state_with_optimizer(newest.path).result(self._timeout)
+        for attempt in reversed(range(REWINDS)):
+            try:
+                self._client = self._service.recreate_training_client(self._client)
+                self._client.load_state_with_optimizer(newest.path).result(self._timeout)
+                break
+            except TrainerLost:  # the server ended once more meanwhile
+                if not attempt:
+                    raise
         self._steps, self._states = newest.step, whole
         raise TrainerRewound(newest.step, newest.path) from lost
 

@@ -129,8 +129,8 @@ def score_pairs(
     whole = [0] * len(kept)
     table = [sums(rows, starts) for starts in (whole, shorter) for rows in (policy, frozen)]
     table.append(torch.tensor([len(weight) for weight in kept], dtype=torch.float64))
-    sides = (SideScores(*(column[side::2] for column in table)) for side in (0, 1))
-    return PairScores(*sides, torch.tensor([pair.weight for pair in pairs], dtype=torch.float64))
+    chosen, rejected = (SideScores(*(column[side::2] for column in table)) for side in (0, 1))
+    return PairScores(chosen, rejected, torch.tensor([pair.weight for pair in pairs], dtype=torch.float64))
 
 
 def sigmoid_dpo(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -201,8 +201,10 @@ def test_a_number_below_the_first_is_refused(engine, policy, data) -> None:
             engine.submit(Forward(policy, seq, data))
 
 
-def test_an_operation_for_an_unknown_model_is_refused_naming_those_there(engine, policy, data) -> None:
-    with pytest.raises(OperationError, match=rf"forward seq 1 of nobody: .*'nobody'.*there are: {policy}"):
+def test_an_operation_for_an_unknown_model_is_refused(engine, policy, data) -> None:
+    with pytest.raises(
+        OperationError, match=r"forward seq 1 of nobody: .*'nobody'.*it was unloaded, or never made"
+    ):
         engine.submit(Forward("nobody", 1, data))
     for operation in (
         IdentifyModel("nobody"),

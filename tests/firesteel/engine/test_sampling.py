@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from trainers import full_trainer, gradients, load, lora_trainer, pair, sequences, trained_parameters
 
 from conftest import ARCHITECTURES, VOCABULARY, make_pairs
+from firesteel.engine import sampling
 from firesteel.engine.sampling import sample
 from firesteel.engine.trainer import Trainer, built_in_loss
 from firesteel.sdk import AdamParams, ModelInput, OperationError, SamplingParams
@@ -79,6 +81,36 @@ def test_a_seed_reproduces_an_answer(llama_folder: str, prompt: list[int]) -> No
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert len({tuple(tokens) for tokens in draw(7)}) == 3
+
+
+def test_many_answers_are_drawn_in_turns_and_each_is_another(
+    llama_folder: str, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 2 * (len(prompt) + 12))
+    trainer = full_trainer(llama_folder)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=1)
+    answers, again = (continued(trainer, prompt, params, 5) for _ in range(2))
+    assert answers == again
+    assert len({tuple(answer.tokens) for answer in answers}) == 5
+    assert answers[:2] == continued(trainer, prompt, params, 2)
+
+
+def test_of_the_whole_vocabulary_nothing_is_kept_for_longer_than_a_step(
+    llama_folder: str, prompt: list[int]
+) -> None:
+    alive: list[int] = []
+
+    def count(module: torch.nn.Module, *_: object) -> None:
+        # The head's output of this step, and what was made of that of the step before.
+        sizes = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape[-1:] == (VOCABULARY,)]
+        alive.append(len(sizes))
+
+    trainer = full_trainer(llama_folder)
+    handle = trainer.base.network.register_forward_hook(count)
+    continued(trainer, prompt, SamplingParams(max_tokens=40, temperature=1.0, seed=1), 3)
+    handle.remove()
+    assert len(alive) == 40
+    assert max(alive[1:]) == min(alive[1:])
 
 
 def test_without_a_seed_every_call_draws_anew(llama_folder: str, prompt: list[int]) -> None:

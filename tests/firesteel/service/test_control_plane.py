@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import threading
@@ -17,7 +18,7 @@ import pytest
 from conftest import make_pairs
 from firesteel.service import app, jobs, promotions
 from firesteel.service.records import JobState, Records
-from stock import ADAM, SGD_LIKE, Failure, Refusal, Standing, Stock, StockModel, as_json, standing
+from stock import ADAM, SGD_LIKE, Failure, Refusal, Standing, Stock, StockModel, as_json, standing, text
 
 LORA = "accounts/local/trainingShapes/cpu-lora"
 
@@ -183,6 +184,15 @@ def test_a_deleted_job_is_gone_and_its_id_can_be_used_again(client: Stock, llama
     assert refusal(lambda: model.client.post("get_info", {"model_id": model.model_id})).status == 404
     assert client.create_job("brief", llama_folder, rank=2)["state"] == "JOB_STATE_RUNNING"
     assert refusal(lambda: model.client.post("get_info", {"model_id": model.model_id})).status == 410
+
+
+def test_the_id_of_a_deleted_job_may_be_that_of_quite_another(client: Stock, llama_folder: str, data) -> None:
+    client.create_job("again", llama_folder, rank=2)
+    client.control("DELETE", "rlorTrainerJobs/again")
+    assert client.create_job("again", llama_folder, rank=4)["state"] == "JOB_STATE_RUNNING"
+    assert client.control("GET", "rlorTrainerJobs/again")["trainingConfig"]["loraRank"] == 4
+    assert client.at_job("again").model(llama_folder, 4).logprobs(data).size
+    assert refusal(lambda: client.create_job("again", llama_folder, rank=2)).status == 409
 
 
 def test_a_deleted_job_frees_its_models(client: Stock, stand: Standing, llama_folder: str) -> None:
@@ -472,6 +482,33 @@ def test_a_promoted_adapter_is_a_base_to_train_and_an_adapter_to_load(
     warm = client.at_job("warm").model(llama_folder, 2)
     warm.run("load_adapter", {"adapter_path": name})
     np.testing.assert_allclose(warm.logprobs(data), expected, rtol=0, atol=1e-5)
+
+
+def test_an_export_under_a_name_that_was_used_before_is_another_model(
+    client: Stock, llama_folder: str, data
+) -> None:
+    """What was loaded from the first is still in memory, and was promoted."""
+    model = client.model(llama_folder, 0)
+
+    def export() -> str:
+        return str(model.run("save_weights_for_sampler", {"path": "final"})["path"])
+
+    def says(path: str) -> Any:
+        body = {"session_id": model.session, "sampling_session_seq_id": next(numbers), "model_path": path}
+        sampler = client.post("create_sampling_session", body)["sampling_session_id"]
+        asked = {"sampling_session_id": sampler, "seq_id": 0, "num_samples": 1, "prompt": text([5, 6, 7, 8])}
+        params = {"max_tokens": 1, "temperature": 0.0}
+        asked |= {"sampling_params": params, "prompt_logprobs": True}
+        return client.result(client.post("asample", asked))["prompt_logprobs"][1:]
+
+    numbers = itertools.count()
+    first = says(export())
+    run = model.model_id
+    client.ask("DELETE", f"training_runs/{run}/checkpoints/sampler_weights/final")
+    model.forward_backward(data)
+    model.step(ADAM)
+    second = says(export())
+    assert not np.allclose(first, second, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [2, 0])

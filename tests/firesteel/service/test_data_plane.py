@@ -460,6 +460,50 @@ def test_a_number_beyond_all_numbers_is_refused_and_does_not_become_the_next(
         model.forward(data)
 
 
+def test_a_forward_waits_for_its_backward_from_when_it_has_run(
+    tmp_path, llama_folder: str, data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others had to be done before it is not its client's delay."""
+    monkeypatch.setattr(app, "TEND_SECONDS", 0.02)
+    with standing(tmp_path, llama_folder, limits=Limits(retained_seconds=0.3)) as stand:
+        model, gate, run = stand.client().model(llama_folder), threading.Event(), stand.engine._host.run
+        monkeypatch.setattr(stand.engine._host, "run", lambda operation: gate.wait(10) and run(operation))
+        promise = model.send("forward", {"forward_input": call(data)})
+        time.sleep(0.6)  # longer than a forward may wait
+        gate.set()
+        model.client.result(promise)
+        assert kept_forwards(stand, model) == 1
+        time.sleep(0.6)
+        assert kept_forwards(stand, model) == 0
+
+
+def test_a_step_that_failed_does_not_keep_a_forward_for_ever(
+    tmp_path, llama_folder: str, data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "TEND_SECONDS", 0.02)
+    with standing(tmp_path, llama_folder, limits=Limits(retained_seconds=0.2)) as stand:
+        model = stand.client().model(llama_folder)
+        model.forward(data)
+        with pytest.raises(Failure, match="no gradient"):
+            model.step()
+        assert kept_forwards(stand, model) == 1
+        time.sleep(0.5)
+        assert kept_forwards(stand, model) == 0
+
+
+def test_a_client_that_only_asks_for_its_answers_is_alive(
+    tmp_path, llama_folder: str, data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "TEND_SECONDS", 0.02)
+    with standing(tmp_path, llama_folder, limits=Limits(session_seconds=0.4)) as stand:
+        model = stand.client().model(llama_folder)
+        promise = model.send("forward", {"forward_input": call(data)})
+        for _ in range(10):
+            model.client.result(promise)
+            time.sleep(0.1)
+        model.forward(data)
+
+
 # Numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import select
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
-from conftest import VOCABULARY
+import firesteel
+from conftest import VOCABULARY, make_pairs
+from firesteel.sdk import CheckpointError, OperationError
+from firesteel.sealed import new_folder
 from firesteel.service.service import Limits
 from stock import Failure, Refusal, Standing, Stock, StockModel, call, standing, text
 from transports import RecordingEngine, Server, service_in, serving
@@ -152,6 +157,63 @@ def test_a_file_on_its_way_is_bounded_too(server: Server, chunked: bool) -> None
         status, _ = send(server, f"PUT /api/v1/transfers/{transfer}/weights.bin", 200 * MB, chunked)
     assert status == 413
     assert growth.bytes < 50 * MB
+
+
+def test_more_tokens_than_one_request_may_draw_are_refused_with_the_number(
+    stand: Standing, model: StockModel
+) -> None:
+    answer = model.run("save_weights_for_sampler", {"sampling_session_seq_id": 0})
+    params = {"max_tokens": 1025, "temperature": 1.0}
+    asked = {"sampling_session_id": answer["sampling_session_id"], "seq_id": 0, "num_samples": 128}
+    with pytest.raises(Refusal) as caught:
+        model.client.post("asample", {**asked, "prompt": text([5]), "sampling_params": params})
+    assert caught.value.status == 400
+    assert "131200; this server draws 131072 tokens in one request" in caught.value.text
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "/dev/zero", "../../records.sqlite"])
+def test_a_state_that_is_sent_cannot_name_a_file_of_the_server(
+    server: Server, llama_folder: str, name: str, tmp_path: Path
+) -> None:
+    """The manifest is the client's. Were it followed, its hashes would tell what is in any file."""
+    with new_folder(tmp_path / "state", 0) as folder:
+        for part in ("weights.safetensors", "optimizer.safetensors", "state.json", "notes.json"):
+            folder.write(part, [b"{}"])
+    manifest = json.loads((tmp_path / "state/manifest.json").read_bytes())
+    manifest["files"].append({"name": name, "size": 0, "sha256": "0" * 64})
+    listed = json.dumps(manifest["files"], indent=1, sort_keys=True).encode() + b"\n"
+    manifest["sha256"] = hashlib.sha256(listed).hexdigest()
+    (tmp_path / "state/manifest.json").write_text(json.dumps(manifest))
+    # Our client sends any folder; it does not look into a manifest.
+    with (
+        firesteel.connect(server.url, server.key) as service,
+        pytest.raises(CheckpointError, match="is not the name of a file in it"),
+    ):
+        service.create_training_client(llama_folder, 2, start=str(tmp_path / "state"))
+
+
+def test_a_transfer_that_nothing_was_sent_to_is_empty(client: Stock) -> None:
+    transfer = client.post("transfers")["transfer_id"]
+    assert client.get(f"transfers/{transfer}") == {"files": []}
+
+
+def test_what_our_client_is_refused_at_the_door_does_not_hold_up_what_follows(
+    tmp_path: Path, llama_folder: str, rng: np.random.Generator
+) -> None:
+    """The server has not read the number of a body with too many data: the client gives it up itself."""
+    data, engine = make_pairs(rng, 4), RecordingEngine()
+    with (
+        service_in(tmp_path, llama_folder, engine=engine, limits=Limits(datums=4)) as served,
+        serving(served) as made,
+        firesteel.connect(made.url, made.key) as service,
+    ):
+        trainer = service.create_training_client(llama_folder, 2)
+        with pytest.raises(OperationError, match="4"):
+            trainer.forward(data).result()
+        started = time.monotonic()
+        assert len(trainer.forward(data[:2]).result().loss_fn_outputs) == 2
+        assert time.monotonic() - started < 10
+    engine.close()
 
 
 def test_a_job_with_the_name_of_a_transfer_takes_no_more(server: Server, llama_folder: str) -> None:

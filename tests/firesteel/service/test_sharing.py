@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from conftest import VOCABULARY, make_pairs
+from firesteel.engine import host
+from firesteel.engine.trainer import ACTIVATION_TOKEN_BUDGET
 from firesteel.service.service import Limits
 from stock import ADAM, Failure, Refusal, Standing, StockModel, as_json, call, standing, text
 from transports import RecordingEngine
@@ -105,6 +107,38 @@ def test_one_users_mistakes_change_nothing_for_another(stand: Standing, llama_fo
         done.set()
         assert disturbing.result() >= 3
     assert seen == calm
+
+
+def test_the_graphs_of_all_users_together_are_bounded(
+    tmp_path: Path, stand: Standing, llama_folder: str, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds no room has their forward computed again for its backward: slower, the same numbers."""
+    model = stand.client().model(llama_folder)
+    tokens = int(model.forward(rows[0])["metrics"]["computed_tokens:sum"])
+    expected = trained(stand.client().model(llama_folder), rows[0], steps=1)
+    monkeypatch.setattr(host, "SHARED_BUDGETS", 2)
+    monkeypatch.setitem(ACTIVATION_TOKEN_BUDGET, "cpu", tokens)
+    with standing(tmp_path, llama_folder) as full:
+        users = [full.client().model(llama_folder) for _ in range(4)]
+        outputs = [user.forward(rows[0])["loss_fn_outputs"] for user in users]
+        hosted = [full.engine._host.models[user.model_id] for user in users]
+        assert [one.graph_tokens for one in hosted] == [tokens, tokens, 0, 0]
+        for user, output in zip(users, outputs, strict=True):
+            seen = [output, user.forward_backward(rows[0])["loss_fn_outputs"], user.step(ADAM)]
+            assert seen == expected[:3]
+
+
+def test_what_waits_when_its_session_ends_is_told_so_and_of_nobody_else(
+    stand: Standing, llama_folder: str, rows
+) -> None:
+    other, leaving = stand.client().model(llama_folder), stand.client().model(llama_folder)
+    promises = queue(other, rows[0], 20) + queue(leaving, rows[1], 20)
+    leaving.client.post(f"sessions/{leaving.session}/finish", {})
+    answer = leaving.client.ask("POST", "retrieve_future", {"request_id": promises[-1]["request_id"]})
+    told = answer.text
+    assert answer.status_code == 410 or "its session ended" in told
+    assert other.model_id not in told
+    other.client.result(promises[19])
 
 
 def test_a_user_who_leaves_takes_nothing_from_those_who_stay(
