@@ -277,9 +277,13 @@ async def get_operation(owner: str, operation: str, account: Account, service: S
     """A promotion that takes longer than its request was held."""
     refuse_other_account(owner, account)
     promotion = service.promotions.find(account, operation)
-    if promotion is None:
+    if promotion is not None:
+        return _operation(account, operation, promotion)
+    made = service.models.find(account, operation)
+    if made is None:
         raise NotFound(f"there is no operation {operation!r} here; ask for the promotion again")
-    return _operation(account, operation, promotion)
+    # Of a server that has ended since.
+    return {"name": f"accounts/{account}/operations/{operation}", "done": True, "response": _model(made)}
 
 
 def _operation(account: str, model_id: str, promotion: asyncio.Task[PromotedModel]) -> dict[str, Any]:

@@ -278,6 +278,8 @@ def test_jobs_and_checkpoints_survive_the_server(
         model.forward_backward(data)
         model.step(ADAM)
         assert model.run("save_weights", {"path": "step-1"})["path"] == "step-1"
+        model.run("save_weights_for_sampler", {"path": "out"})
+        made = promote(client, "out", "mine", "runs")["model"]
         model.forward_backward(data)
         expected = model.step(ADAM), *model.logprobs(data)
         listed = client.control("GET", "rlorTrainerJobs/runs/checkpoints")
@@ -294,6 +296,8 @@ def test_jobs_and_checkpoints_survive_the_server(
         ]
         assert state_of(client, "runs") == "JOB_STATE_RUNNING"
         wait_for("JOB_STATE_RUNNING", client, "starts")
+        operation = {"name": "accounts/acme/operations/mine", "done": True, "response": made}
+        assert client.control("GET", "operations/mine") == operation
         assert client.control("GET", "rlorTrainerJobs/runs/checkpoints") == listed
         root = client.at_job("runs")
         lost = refusal(lambda: root.post("get_info", {"model_id": model.model_id}))
