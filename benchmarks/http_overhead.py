@@ -21,7 +21,7 @@ import torch
 
 import firesteel
 from firesteel.sdk import AdamParams, Datum, ModelInput, TrainingClient
-from training.utils.losses import DpoObjective, PairLogprobs, make_dpo_loss
+from training.utils.losses import DpoObjective, PairLogprobs, make_pair_loss
 from training.utils.pairs import PreferencePair
 
 PAUSE_SECONDS = 0.25
@@ -105,7 +105,7 @@ def datum(prompt: np.ndarray, rng: np.random.Generator, tokens: int) -> Datum:
 def step(client: TrainingClient, pairs: list[PreferencePair]) -> None:
     """As the recipe makes it."""
     zeros = [np.zeros(int(d.loss_fn_inputs["weights"].to_numpy().sum()), np.float32) for d in pairs[0].datums]
-    loss = make_dpo_loss(pairs, [PairLogprobs(*zeros)] * len(pairs), DpoObjective(0.1))
+    loss = make_pair_loss(pairs, [PairLogprobs(*zeros)] * len(pairs), DpoObjective(0.1))
     data = [side for pair in pairs for side in pair.datums]
     client.forward_backward_custom(data, loss, weighted_only=True).result()
     client.optim_step(AdamParams(1e-5)).result()

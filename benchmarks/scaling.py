@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from firesteel.sdk import AdamParams
-from training.utils import DpoObjective, PreferencePair, TrainerConfig, build_dpo_datums, make_dpo_loss
+from training.utils import DpoObjective, PreferencePair, TrainerConfig, build_dpo_datums, make_pair_loss
 from training.utils.losses import PairLogprobs
 from training.utils.pair_sets import select_pairs
 from training.utils.pairs import Rendering
@@ -129,7 +129,7 @@ def run_steps(case: Steps, model: str) -> dict[str, float]:
         for _ in range(STEPS + 1):
             pairs = [random_pair(rng, case.length) for _ in range(case.pairs)]
             zeros = [np.zeros(case.length // 2, np.float32)] * 2
-            loss = make_dpo_loss(pairs, [PairLogprobs(*zeros) for _ in pairs], DpoObjective(0.1))
+            loss = make_pair_loss(pairs, [PairLogprobs(*zeros) for _ in pairs], DpoObjective(0.1))
             started = time.perf_counter()
             data = [datum for pair in pairs for datum in pair.datums]
             metrics = policy.forward_backward_custom(data, loss, weighted_only=True).metrics

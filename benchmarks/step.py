@@ -23,7 +23,7 @@ from training.utils import (
     PreferencePair,
     ReconnectableClient,
     build_service_client,
-    make_dpo_loss,
+    make_pair_loss,
 )
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import Rendering, render_pairs
@@ -92,7 +92,7 @@ def time_steps(
         policy = ReconnectableClient(service.create_training_client())
 
         def step(batch: Sequence[PreferencePair]) -> None:
-            loss = make_dpo_loss(batch, known[id(batch)], DpoObjective(0.1))
+            loss = make_pair_loss(batch, known[id(batch)], DpoObjective(0.1))
             policy.forward_backward_custom([d for p in batch for d in p.datums], loss, weighted_only=True)
             policy.optim_step(AdamParams(learning_rate=1e-5))
 

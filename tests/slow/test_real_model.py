@@ -19,7 +19,7 @@ from training.utils import (
     PreferencePair,
     ReconnectableClient,
     build_service_client,
-    make_dpo_loss,
+    make_pair_loss,
 )
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import render_pairs
@@ -60,7 +60,7 @@ def test_verify_agrees_on_rows_of_the_demo(rank: int) -> None:
         PairLogprobs(*(rng.normal(-2, 1, int(mask.sum())).astype(np.float32) for mask in masks(pair)))
         for pair in pairs
     ]
-    loss = make_dpo_loss(pairs, references, DpoObjective(0.1))
+    loss = make_pair_loss(pairs, references, DpoObjective(0.1))
     with build_service_client(base_model=NAME, lora_rank=rank) as service:
         data = [datum for pair in pairs for datum in pair.datums]
         verification = service.create_training_client().verify(data, loss, weighted_only=True)

@@ -25,7 +25,7 @@ from firesteel.engine.packing import plan
 from firesteel.engine.trainer import Sequences, Trainer
 from firesteel.sdk import LoraConfig
 from training.recipes.dpo_loop import Config, main
-from training.utils import DpoObjective, build_service_client, make_dpo_loss
+from training.utils import DpoObjective, build_service_client, make_pair_loss
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import PreferencePair, render_pairs
 from training.utils.preference_data import read_preferences
@@ -218,7 +218,7 @@ def our_gradient(start: Start) -> Iterator[tuple[str, torch.Tensor]]:
     scored = [row[d.loss_fn_inputs["weights"].to_numpy() != 0] for row, d in zip(scores, datums, strict=True)]
     references = [PairLogprobs(scored[i], scored[i + 1]) for i in range(0, len(scored), 2)]
     leaves = [torch.tensor(row, requires_grad=True) for row in scores]
-    loss, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))(datums, leaves)
+    loss, _ = make_pair_loss(pairs, references, DpoObjective(0.1))(datums, leaves)
     loss.backward()
     trainer.backward(retained, [leaf.grad.numpy() for leaf in leaves])
     for name, parameter in base.network.named_parameters():

@@ -16,7 +16,7 @@ from test_losses import logprobs_of, pair, reference_of
 from training.utils.losses import (
     DpoObjective,
     PairLogprobs,
-    make_dpo_loss,
+    make_pair_loss,
     preference_metrics,
     score_pairs,
 )
@@ -164,7 +164,7 @@ def test_value_and_gradient_are_those_of_the_paper(name: str, seed: int, count: 
     rng = np.random.default_rng(seed)
     pairs = [Pair(rng) for _ in range(count)]
     rows = [row for p in pairs for row in p.rows()]
-    loss, metrics = make_dpo_loss(
+    loss, metrics = make_pair_loss(
         [p.preference() for p in pairs], [p.reference() for p in pairs], FAMILY[name]
     )([], rows)
     assert loss.item() == pytest.approx(np.mean([FORMULAS[name](p) for p in pairs]), abs=1e-12)
@@ -197,14 +197,14 @@ def test_the_rewards_differ_by_beta_times_the_margin_that_is_optimised(name: str
 def test_where_the_policy_is_the_reference_each_loss_has_its_known_value(name: str, expected: float) -> None:
     pairs = [pair(5, 2), pair(1, 4)]
     rows = logprobs_of(pairs, np.random.default_rng(0))
-    loss, _ = make_dpo_loss(pairs, reference_of(pairs, rows), FAMILY[name])([], rows)
+    loss, _ = make_pair_loss(pairs, reference_of(pairs, rows), FAMILY[name])([], rows)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_ld_with_a_reference_as_it_is_does_not_start_from_ln_2() -> None:
     pairs = [pair(5, 2)]
     rows = logprobs_of(pairs, np.random.default_rng(0))
-    loss, _ = make_dpo_loss(pairs, reference_of(pairs, rows), FAMILY["ld, reference as it is"])([], rows)
+    loss, _ = make_pair_loss(pairs, reference_of(pairs, rows), FAMILY["ld, reference as it is"])([], rows)
     assert abs(loss.item() - LN_2) > 0.01
 
 
@@ -213,7 +213,7 @@ def test_ld_with_alpha_1_is_sigmoid_to_the_bit() -> None:
     rng = np.random.default_rng(0)
     rows, other = logprobs_of(pairs, rng), logprobs_of(pairs, rng)
     values = [
-        make_dpo_loss(pairs, reference_of(pairs, other), objective)([], rows)[0].item()
+        make_pair_loss(pairs, reference_of(pairs, other), objective)([], rows)[0].item()
         for objective in (DpoObjective(BETA), DpoObjective(BETA, loss="ld", ld_alpha=1.0))
     ]
     assert values[0] == values[1]
@@ -230,7 +230,7 @@ def test_ipo_has_its_optimum_at_the_margin_that_its_name_says(name: str) -> None
         for n, value in ((chosen, each), (rejected, 0.0))
     ]
     zeros = PairLogprobs(np.zeros(chosen), np.zeros(rejected))
-    loss, _ = make_dpo_loss([pair(chosen, rejected)], [zeros], FAMILY[name])([], rows)
+    loss, _ = make_pair_loss([pair(chosen, rejected)], [zeros], FAMILY[name])([], rows)
     assert loss.item() == pytest.approx(0, abs=1e-15)
     assert all(np.allclose(gradient, 0, atol=1e-12) for gradient in torch.autograd.grad(loss, rows))
 
@@ -244,7 +244,7 @@ def test_robust_becomes_negative_and_hinge_lets_go() -> None:
 def test_simpo_reads_no_reference() -> None:
     p = Pair(np.random.default_rng(1))
     losses = [
-        make_dpo_loss([p.preference()], [reference], FAMILY["simpo"])([], p.rows())
+        make_pair_loss([p.preference()], [reference], FAMILY["simpo"])([], p.rows())
         for reference in (p.reference(), PairLogprobs(p.rc - 5, p.rr + 3))
     ]
     assert losses[0][0].item() == losses[1][0].item()
@@ -265,7 +265,7 @@ def test_a_pair_of_weight_2_counts_as_that_pair_twice(name: str, seed: int) -> N
     outcomes = []
     for pairs, values in given:
         rows = [p.rows() for p in values]
-        loss, metrics = make_dpo_loss(pairs, [p.reference() for p in values], FAMILY[name])(
+        loss, metrics = make_pair_loss(pairs, [p.reference() for p in values], FAMILY[name])(
             [], [r for rs in rows for r in rs]
         )
         loss.backward()

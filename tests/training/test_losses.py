@@ -16,7 +16,7 @@ from training.utils.losses import (
     PairLogprobs,
     PairScores,
     SideScores,
-    make_dpo_loss,
+    make_pair_loss,
     preference_metrics,
     score_pairs,
     sigmoid_dpo,
@@ -55,7 +55,10 @@ def reference_of(pairs: list[PreferencePair], rows: list[torch.Tensor]) -> list[
 def scores(margins: list[float]) -> PairScores:
     """Pairs with these margins, all of them on the chosen side."""
     values, zeros = torch.tensor(margins, dtype=torch.float64), torch.zeros(len(margins), dtype=torch.float64)
-    chosen, rejected = SideScores(values, *[zeros] * 3, zeros + 2), SideScores(*[zeros] * 4, zeros + 4)
+    chosen, rejected = (
+        SideScores(values, *[zeros] * 3, zeros + 2, zeros, zeros),
+        SideScores(*[zeros] * 4, zeros + 4, zeros, zeros),
+    )
     return PairScores(chosen, rejected, zeros + 1)
 
 
@@ -68,7 +71,7 @@ def test_policy_equal_to_reference_gives_ln_2(smoothing: float) -> None:
     pairs = [pair(), pair(1, 5)]
     rows = logprobs_of(pairs, np.random.default_rng(0))
     objective = DpoObjective(0.3, smoothing)
-    loss, metrics = make_dpo_loss(pairs, reference_of(pairs, rows), objective)([], rows)
+    loss, metrics = make_pair_loss(pairs, reference_of(pairs, rows), objective)([], rows)
     assert loss.item() == pytest.approx(LN_2, abs=1e-12)
     assert metrics["margin"] == 0
     assert (metrics["accuracy"], metrics["tie_rate"]) == (0, 1)
@@ -83,7 +86,7 @@ def test_the_gradient_of_every_token_is_that_of_the_formula(
     pairs = [pair(int(rng.integers(1, 5)), int(rng.integers(1, 5))) for _ in range(count)]
     rows, other = logprobs_of(pairs, rng), logprobs_of(pairs, rng)
     references = reference_of(pairs, other)
-    loss, _ = make_dpo_loss(pairs, references, DpoObjective(beta, smoothing))([], rows)
+    loss, _ = make_pair_loss(pairs, references, DpoObjective(beta, smoothing))([], rows)
     loss.backward()
     scored = score_pairs(pairs, rows, references)
     margin = (scored.chosen.delta - scored.rejected.delta).detach().numpy()
@@ -117,7 +120,7 @@ def test_a_constant_on_one_token_of_both_sides_changes_nothing(constant: float, 
     for row in shifted:
         row[first] += constant
     plain, moved = (
-        make_dpo_loss(pairs, reference_of(pairs, other), DpoObjective(0.1))([], values)[0]
+        make_pair_loss(pairs, reference_of(pairs, other), DpoObjective(0.1))([], values)[0]
         for values in (rows, shifted)
     )
     assert moved.item() == pytest.approx(plain.item(), abs=1e-12)
@@ -127,7 +130,7 @@ def test_responses_that_differ_in_their_first_token_only_have_a_gradient_there()
     datums = build_dpo_datums((*PROMPT, 10, 20), (*PROMPT, 11, 20), len(PROMPT))
     only = PreferencePair(*datums, len(PROMPT), line=1)
     rows = logprobs_of([only], np.random.default_rng(1))
-    loss, _ = make_dpo_loss([only], reference_of([only], rows), DpoObjective(0.1))([], rows)
+    loss, _ = make_pair_loss([only], reference_of([only], rows), DpoObjective(0.1))([], rows)
     loss.backward()
     first = len(PROMPT) - 1
     assert [row.grad[first].item() for row in rows if row.grad is not None] == pytest.approx([-0.05, 0.05])
@@ -165,9 +168,9 @@ def test_the_loss_is_the_mean_over_the_pairs_of_its_call() -> None:
     pairs = [pair(n, 2) for n in range(1, 9)]
     rng = np.random.default_rng(3)
     rows, references = logprobs_of(pairs, rng), reference_of(pairs, logprobs_of(pairs, rng))
-    whole, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))([], rows)
+    whole, _ = make_pair_loss(pairs, references, DpoObjective(0.1))([], rows)
     parts = [
-        make_dpo_loss(pairs[i : i + 2], references[i : i + 2], DpoObjective(0.1))(
+        make_pair_loss(pairs[i : i + 2], references[i : i + 2], DpoObjective(0.1))(
             [], rows[2 * i : 2 * i + 4]
         )[0]
         for i in range(0, 8, 2)
@@ -201,7 +204,7 @@ def test_tokens_that_are_not_scored_weigh_nothing() -> None:
         pairs = [masked_pair(mask), pair(4, 4)]
         values = torch.linspace(-1, -3, 50, dtype=torch.float64)  # the same at the same place in both
         rows = [values[: d.model_input.length].clone().requires_grad_() for p in pairs for d in p.datums]
-        loss, _ = make_dpo_loss(pairs, references, DpoObjective(0.1))([], rows)
+        loss, _ = make_pair_loss(pairs, references, DpoObjective(0.1))([], rows)
         gradients.append(torch.autograd.grad(loss, rows))
     for short, long in zip(*gradients, strict=True):
         assert torch.equal(long[: len(short)], short)
@@ -228,7 +231,7 @@ def test_gradients_are_right_to_a_millionth_in_the_precision_that_a_trainer_send
     exact, references = logprobs_of(pairs, rng), reference_of(pairs, logprobs_of(pairs, rng))
     single = [row.detach().float().requires_grad_(True) for row in exact]
     gradients = [
-        torch.autograd.grad(make_dpo_loss(pairs, references, DpoObjective(0.5, 0.1))([], rows)[0], rows)
+        torch.autograd.grad(make_pair_loss(pairs, references, DpoObjective(0.5, 0.1))([], rows)[0], rows)
         for rows in (exact, single)
     ]
     for here, there in zip(*gradients, strict=True):
@@ -239,8 +242,12 @@ def test_gradients_are_right_to_a_millionth_in_the_precision_that_a_trainer_send
 def test_metrics_of_a_table_worked_out_by_hand() -> None:
     zeros = margins([0.0] * 3)
     table = PairScores(
-        SideScores(margins([-2, -6, -3]), margins([-3, -5, -3]), zeros, zeros, margins([2, 2, 3])),
-        SideScores(margins([-8, -4, -9]), margins([-7, -6, -9]), zeros, zeros, margins([4, 4, 4.5])),
+        SideScores(
+            margins([-2, -6, -3]), margins([-3, -5, -3]), zeros, zeros, margins([2, 2, 3]), zeros, zeros
+        ),
+        SideScores(
+            margins([-8, -4, -9]), margins([-7, -6, -9]), zeros, zeros, margins([4, 4, 4.5]), zeros, zeros
+        ),
         zeros + 1,
     )
     metrics = preference_metrics(table, DpoObjective(0.5))

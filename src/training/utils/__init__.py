@@ -2,7 +2,7 @@
 
 from training.utils.client import ReconnectableClient
 from training.utils.config import TrainerConfig, WandBConfig
-from training.utils.losses import DpoObjective, make_dpo_loss, sigmoid_dpo
+from training.utils.losses import DpoObjective, make_pair_loss, sigmoid_dpo
 from training.utils.pairs import PreferencePair, build_dpo_datums
 from training.utils.reference_cache import ReferenceCache
 from training.utils.schedules import Schedule
@@ -18,6 +18,6 @@ __all__ = [
     "WandBConfig",
     "build_dpo_datums",
     "build_service_client",
-    "make_dpo_loss",
+    "make_pair_loss",
     "sigmoid_dpo",
 ]

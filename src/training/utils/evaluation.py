@@ -14,7 +14,7 @@ from firesteel.sdk import DataError, SamplingParams
 from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
-from training.utils.losses import DpoObjective, PairScores, preference_metrics, score_pairs
+from training.utils.losses import PairObjective, PairScores, score_pairs
 from training.utils.pair_sets import PairSet
 from training.utils.reference_pass import AnyReferences
 from training.utils.rendering import Renderer
@@ -64,7 +64,7 @@ def evaluate(
     policy: ReconnectableClient,
     pairs: PairSet,
     references: AnyReferences,
-    objective: DpoObjective,
+    objective: PairObjective,
     batch_size: int = 16,
     abandon: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
@@ -77,10 +77,10 @@ def evaluate(
         if abandon():
             return {}
         data = [datum for pair in batch for datum in pair.datums]
-        outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
+        outputs = policy.forward(data, weighted_only=not objective.reads_prompt).loss_fn_outputs
         logprobs = [output["logprobs"].to_torch() for output in outputs]
         scores.append(score_pairs(batch, logprobs, references.of(batch)))
-    return preference_metrics(PairScores.joined(scores), objective)
+    return objective.metrics(PairScores.joined(scores))
 
 
 @dataclass(frozen=True)

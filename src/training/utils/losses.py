@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from firesteel.sdk.types import FloatArray
 
@@ -23,6 +23,32 @@ if TYPE_CHECKING:
     import torch
 
     from training.utils.pairs import PreferencePair
+
+
+class PairObjective(Protocol):
+    """A loss on pairs; one object for training and evaluation, so that the two cannot differ."""
+
+    @property
+    def loss_name(self) -> str:
+        """The metric that is optimised."""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The metrics of a line for people."""
+
+    @property
+    def best_by(self) -> tuple[str, ...]:
+        """The held-out metrics that a checkpoint may be kept for."""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether tokens count that are not scored."""
+
+    def per_pair(self, scores: PairScores) -> torch.Tensor:
+        """Loss of each pair, ``[N]``."""
+
+    def metrics(self, scores: PairScores) -> dict[str, float]:
+        """Over N pairs, the loss averaged by their weights."""
 
 
 DpoLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "sigmoid_norm", "simpo", "ld"]
@@ -52,6 +78,9 @@ class SideScores:
     reference_tail: torch.Tensor
     tokens: torch.Tensor
     """Number of scored tokens."""
+    unscored: torch.Tensor
+    """The policy's sum over all other tokens, the prompt's among them, where they were asked for; else 0."""
+    unscored_tokens: torch.Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[SideScores]) -> SideScores:
@@ -129,6 +158,8 @@ def score_pairs(
     whole = [0] * len(kept)
     table = [sums(rows, starts) for starts in (whole, shorter) for rows in (policy, frozen)]
     table.append(torch.tensor([len(weight) for weight in kept], dtype=torch.float64))
+    table.append(torch.stack([row.double()[~mask].sum() for row, mask in zip(logprobs, scored, strict=True)]))
+    table.append(torch.tensor([int((~mask).sum()) for mask in scored], dtype=torch.float64))
     chosen, rejected = (SideScores(*(column[side::2] for column in table)) for side in (0, 1))
     return PairScores(chosen, rejected, torch.tensor([pair.weight for pair in pairs], dtype=torch.float64))
 
@@ -170,7 +201,7 @@ def ipo(margin: torch.Tensor, beta: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DpoObjective:
-    """What is optimised; one object for training and evaluation, so that the two cannot differ.
+    """What DPO optimises.
 
     ============  ==============================================================================
     sigmoid       ``-log σ(β m)`` on summed log-ratios; `label_smoothing`: conservative DPO
@@ -195,6 +226,11 @@ class DpoObjective:
     ld_alpha: float = 1.0
     ld_reference: bool = True
     sft_weight: float = 0.0
+
+    loss_name = "dpo_loss"
+    shown = ("dpo_loss", "margin", "accuracy")
+    best_by = ("accuracy", "margin", "dpo_loss")
+    reads_prompt = False
 
     @property
     def uses_reference(self) -> bool:
@@ -237,6 +273,10 @@ class DpoObjective:
         loss = self.preference(chosen - rejected)
         return loss - self.sft_weight * scores.chosen.mean if self.sft_weight else loss
 
+    def metrics(self, scores: PairScores) -> dict[str, float]:
+        """See `preference_metrics`."""
+        return preference_metrics(scores, self)
+
 
 def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str, float]:
     """Means over N pairs, by the guide's names and TRL's. A tie does not count as correct, see `TIE`.
@@ -270,8 +310,8 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
 LossFn = Callable[[Sequence[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, float]]"]
 
 
-def make_dpo_loss(
-    pairs: Sequence[PreferencePair], references: Sequence[PairLogprobs], objective: DpoObjective
+def make_pair_loss(
+    pairs: Sequence[PreferencePair], references: Sequence[PairLogprobs], objective: PairObjective
 ) -> LossFn:
     """The loss of one optimizer step for `forward_backward_custom`: the **mean** over its pairs, by their weights.
 
@@ -282,6 +322,6 @@ def make_dpo_loss(
         data: Sequence[Any], logprobs: list[torch.Tensor]
     ) -> tuple[torch.Tensor, Mapping[str, float]]:
         scores = score_pairs(pairs, logprobs, references)
-        return scores.mean(objective.per_pair(scores)), preference_metrics(scores, objective)
+        return scores.mean(objective.per_pair(scores)), objective.metrics(scores)
 
     return loss_fn

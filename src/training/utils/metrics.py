@@ -6,7 +6,7 @@ import errno
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,26 +48,28 @@ class StepWork:
         }
 
 
-def step_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
+def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """What is shown of a step where there is no bar."""
-    if "train/dpo_loss" not in metrics:
+    if f"train/{names[0]}" not in metrics:
         return f"step {step}/{total_steps}  skipped"
-    return (
-        f"step {step}/{total_steps}  dpo_loss {metrics['train/dpo_loss']:.4f}  "
-        f"margin {metrics['train/margin']:+.3f}  accuracy {metrics['train/accuracy']:.2f}"
-    )
+    return f"step {step}/{total_steps}  " + "  ".join(_told(name, metrics[f"train/{name}"]) for name in names)
 
 
-def heldout_line(step: int, metrics: Mapping[str, float]) -> str:
+def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """What is shown of an evaluation."""
-    line = (
-        f"held out after step {step}: accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"dpo_loss {metrics['dpo_loss']:.4f}  own preference {metrics['policy_preference']:.3f}"
-    )
-    if "delta_logp/chosen" not in metrics:  # a loss without a reference
-        return line
-    chosen, rejected = metrics["delta_logp/chosen"], metrics["delta_logp/rejected"]
-    return f"{line}  Δlogp chosen {chosen:+.2f} rejected {rejected:+.2f}"
+    told = [_told(name, metrics[name]) for name in names]
+    told.append(f"own preference {metrics['policy_preference']:.3f}")
+    if "delta_logp/chosen" in metrics:  # there is a reference
+        chosen, rejected = metrics["delta_logp/chosen"], metrics["delta_logp/rejected"]
+        told.append(f"Δlogp chosen {chosen:+.2f} rejected {rejected:+.2f}")
+    return f"held out after step {step}: " + "  ".join(told)
+
+
+_FORMS = {"margin": "+.3f", "log_odds_ratio": "+.3f", "accuracy": ".3f"}
+
+
+def _told(name: str, value: float) -> str:
+    return f"{name} {value:{_FORMS.get(name, '.4f')}}"
 
 
 def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:

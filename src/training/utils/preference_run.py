@@ -1,0 +1,444 @@
+"""A run on preference pairs, whatever its loss: what DPO and ORPO share.
+
+Top to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others an index is
+kept), load the policy and, where the loss reads one, its frozen reference, take the reference's log-probabilities once
+(from the cache where it has them), then per step one `forward_backward_custom` and one `optim_step`, while the next
+rows are rendered; evaluate on held-out pairs, export. With `dcp_save_interval` a run that was killed goes on from its
+last checkpoint when it is started again, and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from firesteel.sdk import (
+    CheckpointError,
+    NonFiniteError,
+    ServiceClient,
+    TrainerLost,
+    TrainerRewound,
+)
+from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
+from training.utils.client import ReconnectableClient
+from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
+from training.utils.loop import Loop, SavedRun
+from training.utils.losses import PairObjective, make_pair_loss
+from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
+from training.utils.pair_sets import PairSet, select_pairs
+from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
+from training.utils.preference_settings import (
+    MAY_CHANGE_WHEN_GOING_ON,
+    PreferenceSettings,
+    ReferenceSettings,
+)
+from training.utils.progress import Display, Stage
+from training.utils.reference_pass import RECORDED_PAIRS, AnyReferences, NoReferences, References
+from training.utils.rendering import Renderer
+from training.utils.resume import (
+    Finished,
+    GoOn,
+    Losses,
+    Start,
+    Wanted,
+    find_start,
+    first_day,
+    refuse_another_reference,
+    rewind,
+)
+from training.utils.row_index import RowIndex, index_rows
+from training.utils.run_folder import RunFolder
+from training.utils.schedules import Batch, Epochs
+from training.utils.service import build_service_client
+from training.utils.stopping import stopping_on_signals
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to."""
+
+    steps: int
+    before: dict[str, float]
+    """Held-out metrics before the first step; empty without held-out pairs."""
+    after: dict[str, float]
+    """Held-out metrics after the last step."""
+    export_path: str
+    """Folder of the PEFT adapter or the full model."""
+    policy_job_id: str | None
+    reference_job_id: str | None
+    """None where the reference shared the policy's base."""
+    skipped_steps: int
+    """Steps that changed nothing because their loss or gradient was not finite."""
+    reference_seconds: float
+    """For the reference's log-probabilities, from the cache or computed; of a lazy reference, within the training."""
+    training_seconds: float
+    """From this process's first step to the last, its evaluation and those between included."""
+
+
+def run_to_its_end(config: PreferenceSettings) -> RunSummary:
+    """Train and export. Raises `UserError` for what the user can mend, before any model work where possible.
+
+    A trainer behind HTTP that lost its state makes the run go back to its newest checkpoint.
+    """
+    losses = Losses(config.log_path, config.recipe)
+    while True:
+        try:
+            return run_once(config, losses.begun)
+        except (TrainerLost, TrainerRewound) as lost:
+            if losses.go_back(lost):
+                # By the code of resume: what is held in memory is ahead of the checkpoint.
+                config = config.model_copy(update={"resume": "auto"})
+
+
+def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummary:
+    """The run from where its folder leaves it to its end. `begun` is called when that folder is this run's."""
+    display = Display()
+    day = first_day(config.log_path, config.resume)
+    renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
+    files = [path for path in (config.dataset, config.eval_dataset) if path]
+    indexes = [index_rows(path, renderer, config.on_bad_row, display.reading(path)) for path in files]
+    for prompt in config.sample_prompts:
+        renderer.question(prompt)  # refused now, not after the reference pass
+    with build_service(config) as service, ExitStack() as stack:
+        longest = service.longest_sequence()
+        rules = Rendering(config.max_seq_len or longest, config.truncate)
+        limits = (config.max_pairs, None)  # held-out pairs are all used
+        selections = [
+            stack.enter_context(closing(select_pairs(index, renderer, rules, most)))
+            for index, most in zip(indexes, limits, strict=False)
+        ]
+        split = split_pairs([rows.pairs for rows in selections], config)
+        folder = stack.enter_context(closing(RunFolder.open(config.log_path, config.takeover)))
+        identity = Identity(config.resolved(), data_identity(indexes, renderer, rules, split))
+        wanted = Wanted(identity, MAY_CHANGE_WHEN_GOING_ON, epochs_of(config, split).total_steps)
+        start = find_start(folder, config.resume, wanted)
+        if isinstance(start, Finished):
+            return summary_of_finished(start, display, config)
+        for rows in selections:
+            display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
+        if split.overlap:
+            display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
+        run = Run(config, split, renderer, folder, display, identity, start)
+        stop = stack.enter_context(stopping_on_signals())
+        trainers = stack.enter_context(closing(load(run, service)))
+        # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
+        for line in begin(folder, start, config):
+            display.say(line)
+        begun()
+        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
+        for rows in selections:
+            write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
+        kept = Retention(config.keep_last, config.keep_every, config.keep_best)
+        loop = Loop(
+            settings=config,
+            saved=SavedRun(identity, trainers.record, run.epochs.total_steps),
+            policy=trainers.policy,
+            folder=folder,
+            metrics=metrics,
+            display=display,
+            stop=stop,
+            checkpoints=stack.enter_context(closing(Checkpoints(folder, kept))),
+            position=Position.of_a_start({}, {}),
+        )
+        return train(run, trainers, loop, service)
+
+
+def data_identity(
+    indexes: Sequence[RowIndex], renderer: Renderer, rules: Rendering, split: Split
+) -> dict[str, Any]:
+    """What the tokens of this run follow from."""
+    names = ("dataset content", "eval_dataset content")
+    content = {name: index.sha256 for name, index in zip(names, indexes, strict=False)}
+    longest = rules.max_seq_len  # where the setting leaves it to the trainer, another one may cut other rows
+    return {
+        **content,
+        "tokenizer and template": renderer.identity,
+        "longest row": longest,
+        "day": renderer.today.isoformat(),
+        "pairs": len(split.train),
+    }
+
+
+def summary_of_finished(start: Finished, display: Display, config: PreferenceSettings) -> RunSummary:
+    """What a run came to that has nothing left to do."""
+    for line in start.said:
+        display.say(f"not read, the run is finished: {line}")
+    display.say(f"{config.log_path}: finished, {start.summary['steps']} steps; more epochs continue it")
+    try:
+        return RunSummary(**start.summary)
+    except TypeError as error:
+        raise CheckpointError(f"{config.log_path}/summary.json is not one of this program: {error}") from None
+
+
+def begin(folder: RunFolder, start: Start | GoOn, config: PreferenceSettings) -> Iterator[str]:
+    """Make the folder ready; yields what people should know."""
+    if isinstance(start, GoOn):
+        yield f"going on from {start.checkpoint}"
+        yield from start.said
+        yield from rewind(folder, start)
+    elif previous := folder.set_aside():
+        yield f"{config.log_path} held an earlier run: moved to {previous}"
+    folder.write_config(config.resolved())
+
+
+def split_pairs(sets: Sequence[PairSet], config: PreferenceSettings) -> Split:
+    """Training and held-out pairs: from a file each, or drawn from one."""
+    train, *heldout = sets
+    if heldout:
+        return Split(train, heldout[0])
+    return split_by_prompt(train, config.eval_fraction, config.seed)
+
+
+def epochs_of(config: PreferenceSettings, split: Split) -> Epochs:
+    """Every batch of a run."""
+    return Epochs(len(split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of one run share."""
+
+    config: PreferenceSettings
+    split: Split
+    renderer: Renderer
+    folder: RunFolder
+    display: Display
+    identity: Identity
+    start: Start | GoOn
+
+    @property
+    def objective(self) -> PairObjective:
+        """See `PreferenceSettings.objective`."""
+        return self.config.objective
+
+    @property
+    def epochs(self) -> Epochs:
+        """The order of the training pairs."""
+        return epochs_of(self.config, self.split)
+
+
+def build_service(config: PreferenceSettings) -> ServiceClient:
+    """The trainers of this run; nothing is loaded yet."""
+    return build_service_client(
+        base_model=config.base_model,
+        tokenizer_model=config.tokenizer_model or config.base_model,
+        lora_rank=config.lora_rank,
+        max_context_length=config.max_seq_len,
+        learning_rate=config.learning_rate,
+        trainer=config.trainer,
+    )
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """The policy where this run takes it up, and the reference that the run has."""
+
+    policy: ReconnectableClient
+    references: AnyReferences
+    record: ReferenceRecord
+
+    def close(self) -> None:
+        """Close the reference's cache; the models are the service's."""
+        self.references.close()
+
+
+def load(run: Run, service: ServiceClient) -> Trainers:
+    """Load policy and reference, and compare them with what the run had if it goes on. Raises `CheckpointError`."""
+    config, going_on = run.config, run.start if isinstance(run.start, GoOn) else None
+    start = None if going_on else config.start
+    client = service.create_training_client(
+        config.base_model,
+        config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        seed=config.seed,
+        # One that was chosen for the device is that of the whole run, wherever it goes on.
+        activation_token_budget=going_on.notes.activation_token_budget if going_on else None,
+        start=start,
+    )
+    policy = ReconnectableClient.from_training_client(client, service=service)
+    if going_on:
+        load_checkpoint(run, going_on, policy)
+    elif config.init_optimizer:
+        policy.load_state_with_optimizer(str(start))
+    with ExitStack() as on_failure:
+        references = load_references(run, service, start)
+        on_failure.callback(references.close)
+        if config.verify:
+            verify_first_batch(run, policy, references)
+        trainers = Trainers(policy, references, record_reference(run, references))
+        on_failure.pop_all()
+    return trainers
+
+
+def load_references(run: Run, service: ServiceClient, start: str | None) -> AnyReferences:
+    """The reference that the loss reads, if it reads one. `start` is where the policy starts now."""
+    settings = run.config.reference_settings
+    if settings is None:
+        return NoReferences()
+    return References(service, run.renderer, settings.mode, reference_weights(run, settings, start))
+
+
+def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
+    """Bring the policy to where the checkpoint left it."""
+    loaded = policy.load_state_with_optimizer(str(start.checkpoint), start.position.step)
+    if loaded.differences:
+        run.display.say(f"not bit-equal to a run without a break: {'; '.join(loaded.differences)}")
+
+
+def reference_weights(run: Run, settings: ReferenceSettings, start: str | None) -> str | None:
+    """The folder of the reference's weights, None for the base model. `start` is where the policy starts now.
+
+    A starting adapter is copied into the run folder. All weights are too large for that: they are read again where they
+    were, and their hash is compared.
+    """
+    given = run.config.init_from_checkpoint or run.config.warm_start_from_adapter
+    if settings.held_to == "base" or given is None:
+        return None
+    run.display.say(f"reference: what training started from, {given}, not the base model (reference: base)")
+    if not isinstance(run.start, GoOn):
+        return start
+    return str(run.folder.reference) if run.config.lora_rank else run.start.notes.reference.path
+
+
+def record_reference(run: Run, references: AnyReferences) -> ReferenceRecord:
+    """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
+    saved = isinstance(run.start, GoOn) or run.config.dcp_save_interval > 0
+    probes = range(min(RECORDED_PAIRS, len(run.split.train)) if saved else 0)
+    now = references.record(run.split.train.take(probes))
+    if not isinstance(run.start, GoOn):
+        return now
+    then = run.start.notes.reference
+    refuse_another_reference(then, now, run.start.checkpoint, references.tolerance(then))
+    if then.numerics != now.numerics:
+        run.display.say(f"not bit-equal to a run without a break: {then.numerics}, now {now.numerics}")
+    return then
+
+
+def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> RunSummary:
+    """Reference pass, evaluation, the steps, export."""
+    config, folder = run.config, run.folder
+    policy, references = trainers.policy, trainers.references
+    answers = Answers(run.renderer, config.sample_prompts, config.sample_max_tokens)
+    if not isinstance(run.start, GoOn) and config.lora_rank and references.start is not None:
+        policy.save_weights(str(folder.reference))  # still as it started; see reference_weights
+    references.prepare(
+        (run.split.train, run.split.heldout), run.display, config.seed, loop.stop.exit_if_asked
+    )
+    if isinstance(run.start, GoOn):
+        loop.position = run.start.position
+        if evaluation_due(run, loop.position.step) and not loop.position.heldout:  # a signal came in between
+            loop.evaluated(evaluate_heldout(run, trainers, loop, loop.position.step))
+    else:
+        before = evaluate_heldout(run, trainers, loop, step=0)
+        loop.position = Position.of_a_start(before, answers.of(policy))
+    loop.stop.exit_if_asked()
+    training_seconds = train_epochs(run, trainers, loop)
+    position = loop.position
+    folder.refuse_if_taken_over()
+    export = policy.save_weights(str(folder.export_path(adapter=config.lora_rank > 0))).path
+    run.display.say(f"exported: {export}")
+    after = position.heldout or evaluate_heldout(run, trainers, loop, position.step)
+    references.finish(run.display)
+    answered = answers.of(policy)
+    folder.refuse_if_taken_over()
+    for line in answers.write_comparison(folder.samples, position.answers_before, answered):
+        run.display.say(line)
+    summary = RunSummary(
+        steps=position.step,
+        before=dict(position.before),
+        after=dict(after),
+        export_path=export,
+        policy_job_id=service.trainer_job_id,
+        reference_job_id=references.job_id,
+        skipped_steps=position.skipped_steps,
+        reference_seconds=references.seconds,
+        training_seconds=training_seconds,
+    )
+    folder.write_summary(asdict(summary))
+    loop.stop.exit_if_asked()
+    return summary
+
+
+def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
+    """All steps that are left, the next rows being rendered meanwhile; returns the seconds they took."""
+    epochs, done, started = run.epochs, loop.position.step, time.monotonic()
+    ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
+    stage = Stage("training", sum(len(batch.rows) for batch in epochs.batches(done)))
+    with closing(ahead) as taken, run.display.bar(stage) as bar:
+        for batch, rows in zip(epochs.batches(done), taken, strict=True):
+            loop.checkpoints.list_if_written()
+            try:
+                metrics = train_step(run, trainers, batch, rows.pairs)
+            except NonFiniteError as error:
+                metrics = loop.skip_or_refuse(batch, [pair.line for pair in rows.pairs], error)
+            for symptom in symptoms(batch.step, metrics):
+                run.display.say(f"warning: step {batch.step}: {symptom}")
+            loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
+            line = step_line(batch.step, epochs.total_steps, metrics, run.objective.shown)
+            bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
+            due = evaluation_due(run, batch.step)
+            loop.made(batch, evaluate_heldout(run, trainers, loop, batch.step) if due else {})
+        run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.pairs} pairs, {bar.rate()}")
+    loop.checkpoints.finish()
+    return time.monotonic() - started
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether the policy is evaluated after this step."""
+    interval = run.config.eval_interval
+    return step == run.epochs.total_steps or (interval > 0 and step % interval == 0)
+
+
+def train_step(
+    run: Run, trainers: Trainers, batch: Batch, pairs: Sequence[PreferencePair]
+) -> dict[str, float]:
+    """One forward, one backward, one AdamW step; the metrics of the batch before it."""
+    config, policy, started = run.config, trainers.policy, time.monotonic()
+    loss = make_pair_loss(pairs, trainers.references.of(pairs), run.objective)
+    rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
+    data = [datum for pair in pairs for datum in pair.datums]
+    result = policy.forward_backward_custom(data, loss, weighted_only=not run.objective.reads_prompt)
+    optimizer = policy.optim_step(config.adam_params(rate)).metrics
+    work = StepWork(
+        sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch, result.metrics
+    )
+    told = {name: value for name, value in result.metrics.items() if ":" not in name}
+    measured = {"epoch": batch.epoch, "lr": rate, "loss": told[run.objective.loss_name], **optimizer}
+    # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
+    named = {**measured, **told, **work.metrics}
+    return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
+
+
+def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyReferences) -> None:
+    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`.
+
+    Nothing is cached before: what a wrong path computes must not be there for the next run.
+    """
+    first = next(run.epochs.batches())
+    pairs = run.split.train.take(first.rows)
+    loss = make_pair_loss(pairs, references.asked_now(pairs), run.objective)
+    data = [datum for pair in pairs for datum in pair.datums]
+    verification = policy.verify(data, loss, weighted_only=not run.objective.reads_prompt)
+    for line in verification.lines:
+        run.display.say(line)
+    verification.refuse_disagreement()
+
+
+def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
+    """Metrics on the held-out pairs, logged and shown; empty without any, and where a signal ends the run."""
+    heldout = run.split.heldout
+    metrics = (
+        evaluate(
+            trainers.policy, heldout, trainers.references, run.objective, abandon=lambda: loop.stop.asked
+        )
+        if heldout
+        else {}
+    )
+    if not metrics:
+        return {}
+    loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+    run.display.say(heldout_line(step, metrics, run.objective.shown))
+    return metrics
