@@ -1,4 +1,4 @@
-"""`firesteel dpo …`: a recipe's `Config` as a command. File, `--set` and flags are one schema: the Config itself.
+"""`firesteel dpo|orpo …`: a recipe's `Config` as a command. File, `--set` and flags are one schema: the Config itself.
 
 A later source wins over an earlier one: default < file < `--set` < flag.
 """
@@ -14,7 +14,7 @@ import typer
 
 from firesteel import yaml_file
 from firesteel.sdk.errors import ConfigError
-from training.recipes import dpo_loop
+from training.recipes import dpo_loop, orpo_loop
 from training.utils.config import Settings
 
 
@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
     """Add every recipe to the command line."""
     app.command("dpo", help="Direct Preference Optimization from chosen/rejected pairs.")(
         _command(dpo_loop.Config, dpo_loop.main)
+    )
+    app.command("orpo", help="Odds Ratio Preference Optimization: the same pairs, without a reference.")(
+        _command(orpo_loop.Config, orpo_loop.main)
     )
 
 

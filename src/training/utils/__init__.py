@@ -3,6 +3,7 @@
 from training.utils.client import ReconnectableClient
 from training.utils.config import TrainerConfig, WandBConfig
 from training.utils.losses import DpoObjective, make_pair_loss, sigmoid_dpo
+from training.utils.odds_ratio import OrpoObjective
 from training.utils.pairs import PreferencePair, build_dpo_datums
 from training.utils.reference_cache import ReferenceCache
 from training.utils.schedules import Schedule
@@ -10,6 +11,7 @@ from training.utils.service import build_service_client
 
 __all__ = [
     "DpoObjective",
+    "OrpoObjective",
     "PreferencePair",
     "ReconnectableClient",
     "ReferenceCache",
