@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import logprobs_of, pair, reference_of
 
+from firesteel.sdk import DataError
 from training.utils.losses import (
     DpoObjective,
     PairLogprobs,
@@ -250,6 +251,25 @@ def test_simpo_reads_no_reference() -> None:
     assert losses[0][0].item() == losses[1][0].item()
     assert not FAMILY["simpo"].uses_reference
     assert not [name for name in losses[0][1] if name.startswith("delta_logp")]
+
+
+@pytest.mark.parametrize("name", ["sigmoid_norm", "ipo_mean", "simpo"])
+def test_a_margin_per_token_is_no_tie_where_its_sum_is_none(name: str) -> None:
+    """0.2 nats over 200 tokens are 0.001 a token: small, and far from rounding."""
+    long, tokens = pair(200, 200), 200
+    rows = [torch.full((2 + tokens,), value, dtype=torch.float64) for value in (-1.0, -1.0009)]
+    ones = PairLogprobs(np.full(tokens, -1.0), np.full(tokens, -1.0))
+    metrics = preference_metrics(score_pairs([long], rows, [ones]), FAMILY[name])
+    assert (metrics["accuracy"], metrics["tie_rate"]) == (1, 0)
+    rows[1][:] = -1.000004
+    metrics = preference_metrics(score_pairs([long], rows, [ones]), FAMILY[name])
+    assert (metrics["accuracy"], metrics["tie_rate"]) == (0, 1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+def test_a_pair_that_cannot_be_weighed_cannot_be_made(weight: float) -> None:
+    with pytest.raises(DataError, match="weight"):
+        replace(pair(), weight=weight)
 
 
 @every

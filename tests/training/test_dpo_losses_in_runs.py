@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from runs import config, numbers, outcome
 
 from firesteel.sdk import CheckpointError, ConfigError, RowError
+from firesteel.sealed import new_folder
 from firesteel.store import home
 from training.recipes.dpo_loop import Config, main
 from training.utils.preference_data import read_preferences
@@ -72,6 +74,32 @@ def test_another_loss_is_another_run(tmp_path: Path) -> None:
     other = run_of(tmp_path, "ipo_sum", dcp_save_interval=2, epochs=2)
     with pytest.raises(CheckpointError, match="loss"):
         main(other)
+
+
+def test_a_checkpoint_of_before_there_was_a_choice_is_of_sigmoid(tmp_path: Path) -> None:
+    settings = run_of(tmp_path, "sigmoid", dcp_save_interval=2, epochs=1, label_smoothing=0.0, sft_weight=0.0)
+    main(settings)
+    for folder in (tmp_path / "run/checkpoints").glob("step-*"):
+        forget(folder, "loss", "sft_weight", "recipe")
+    main(settings.model_copy(update={"epochs": 2}))
+    with pytest.raises(CheckpointError, match="loss"):
+        main(run_of(tmp_path, "hinge", dcp_save_interval=2, epochs=4))
+
+
+def forget(folder: Path, *names: str) -> None:
+    """Make a checkpoint that does not know these settings."""
+    notes = json.loads((folder / "notes.json").read_bytes())
+    for part in notes["identity"].values():
+        for name in names:
+            part.pop(name, None)
+    written = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    shutil.rmtree(folder)
+    with new_folder(folder, 0) as writer:
+        for name, content in written.items():
+            if name == "notes.json":
+                writer.write_json(name, notes)
+            else:
+                writer.write(name, [content])
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,16 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import numbers, outcome, write_rows
 from test_losses import pair
 
-from firesteel.sdk import ConfigError
+from firesteel.sdk import CheckpointError, ConfigError
 from firesteel.store import home
+from training.recipes import dpo_loop
 from training.recipes.orpo_loop import Config, main
 from training.utils.losses import PairLogprobs, make_pair_loss
 from training.utils.odds_ratio import SUREST, OrpoObjective, log1mexp, odds_ratio_loss
@@ -67,7 +69,8 @@ def test_it_is_finite_where_a_model_is_certain(x_c: float, x_r: float) -> None:
 
 
 def test_a_rejected_answer_that_is_certain_is_still_pushed_down() -> None:
-    assert computed(-1.0, 0.0) == computed(-1.0, SUREST)
+    assert computed(-1.0, 0.0) == computed(-1.0, 1e-9) == computed(-1.0, SUREST)
+    assert np.isfinite(computed(1e-9, -1.0)).all()  # what rounding may say
     assert computed(-1.0, 0.0)[2] > 1e5
 
 
@@ -143,6 +146,9 @@ def test_a_run_learns_the_chosen_answers_and_prefers_them(tmp_path: Path, span: 
     assert summary.reference_job_id is None
     assert (cache.stat().st_mtime_ns if cache.exists() else None) == before
     names = {name.removeprefix("train/") for name in numbers(tmp_path / "run")[-2]}
+    assert {line["train/ref_tokens"] for line in numbers(tmp_path / "run") if "train/ref_tokens" in line} == {
+        0
+    }
     cookbook = {
         "orpo_loss",
         "sft_loss",
@@ -179,10 +185,27 @@ def test_the_settings_that_a_run_writes_make_the_same_run(tmp_path: Path) -> Non
     assert "beta" not in written
 
 
+@pytest.mark.parametrize("saving", [0, 2])
+def test_a_folder_of_another_recipe_is_another_run(tmp_path: Path, saving: int) -> None:
+    """A finished run's summary is not that of the other, and its checkpoint is not gone on from."""
+    shared = {"dcp_save_interval": saving, "epochs": 1}
+    dpo_loop.main(runs.config(tmp_path, 12, loss="simpo", **shared))
+    if saving:
+        with pytest.raises(CheckpointError, match=r"recipe.*dpo.*orpo"):
+            main(config(tmp_path, **{**shared, "epochs": 2}))
+    else:
+        main(config(tmp_path, **shared))
+        assert any("train/orpo_loss" in line for line in numbers(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"beta": 0.1}, "beta"),
+        (
+            {"trainer": {"reference_training_shape_id": "x"}},
+            "reference_training_shape_id: this loss reads no",
+        ),
         ({"reference": "base"}, "reference"),
         ({"orpo_lambda": -1}, "orpo_lambda"),
         ({"nll_span": "prompt"}, "nll_span"),

@@ -246,14 +246,14 @@ class _TargetLogprobs(torch.autograd.Function):
         *tensors, normalizer, expected, slopes = ctx.saved_tensors
         inputs, (gradient,) = _Inputs(*tensors), gradients
         row_of = ctx.call.row_of(gradient.device)
-        # `index_put_` and not `index_add_`: on a GPU that one adds in any order, and no two runs are equal.
-        total = gradient.new_zeros(len(normalizer)).index_put_((row_of,), gradient, accumulate=True)
+        total = gradient.new_zeros(len(normalizer))
+        _add_at(total, row_of, gradient)
         if expected is None:
             return (*_recomputed(ctx, inputs, normalizer, gradient, total), None)
         ids = torch.from_numpy(ctx.call.targets.ids).to(gradient.device)
         d_hidden = expected * -total[:, None]
         pulls = inputs.weight[ids].to(gradient.dtype).mul_((gradient * slopes)[:, None])
-        d_hidden.index_put_((row_of,), pulls, accumulate=True)
+        _add_at(d_hidden, row_of, pulls)
         return (d_hidden.to(inputs.hidden.dtype), *[None] * 5)
 
 
@@ -273,7 +273,8 @@ def _recomputed(
         z = inputs.logits(tile, call.form, buffer)
         slope = call.form.slope(z)
         dz = z.sub_(normalizer[tile.rows, None]).exp_().mul_(-total[tile.rows, None])
-        dz.index_put_(tile.entries, gradient[tile.members], accumulate=True)
+        rows, columns = tile.entries
+        _add_at(dz.view(-1), rows * dz.shape[1] + columns, gradient[tile.members])
         dz = dz if slope is None else dz.mul_(slope)
         first_column, first_row = tile.columns.start == 0, tile.rows.start == 0
         if d_hidden is not None:
@@ -321,6 +322,17 @@ class _Sum:
             self._total[part] = value
         else:
             self._total[part] += value
+
+
+def _add_at(total: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """``total[index] += values``, the same bits every time: several values may go to one place.
+
+    On a GPU `index_add_` adds them in any order, on a CPU with several threads `index_put_` does.
+    """
+    if total.is_cuda:
+        total.index_put_((index,), values, accumulate=True)
+    else:
+        total.index_add_(0, index, values)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,12 +44,15 @@ def sample(
     stop = _stop_tokens(base, params)
     ids = torch.tensor([tokens], device=base.network.device)
     with (
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),  # all that `manual_seed` seeds
+        torch.random.fork_rng(devices=[base.network.device] if base.device == "cuda" else []),
         using_attention(base.network, base.native_attention),
         _own_settings_only(base.network),
     ):
-        # Without a seed each call draws anew; the process's own random state moves in neither case.
-        torch.manual_seed(torch.seed() if params.seed is None else params.seed)
+        # Without a seed each call draws anew; the process's own random state moves in neither case. `manual_seed` of
+        # torch would reach out to every GPU.
+        _generator(base.network.device).manual_seed(
+            secrets.randbits(63) if params.seed is None else params.seed
+        )
         if params.temperature == 0:
             return _answers(base.network, ids, params, stop, 1) * num_samples  # always the same
         at_once = max(1, TOKENS_AT_ONCE // (len(tokens) + params.max_tokens))
@@ -102,6 +106,13 @@ def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
     warpers = [TemperatureLogitsWarper(params.temperature)] if params.temperature != 1 else []
     warpers += [TopKLogitsWarper(params.top_k)] if params.top_k > 0 else []
     return warpers + ([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else [])
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """What draws on a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 @contextmanager

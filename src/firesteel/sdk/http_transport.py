@@ -154,7 +154,7 @@ class HTTPTransport:
         if isinstance(operation, OrderedOperation) and not isinstance(operation, Refused):
             refused = Refused(operation.model_id, operation.seq_id, str(error))
             with suppress(FiresteelError):  # it may have been used up there
-                self._exchange(refused, wire.encode_operation(refused))
+                self._connection.ask(_posted(self._session(), wire.encode_operation(refused)))
 
     def _prepare(self, operation: Operation) -> Operation:
         """The operation as the server can run it: what it reads is sent, what it writes is written there."""
@@ -202,9 +202,7 @@ class HTTPTransport:
             return self._exchange_in(self._session(), operation, content)
 
     def _exchange_in(self, session_id: str, operation: Operation, content: bytes) -> Any:
-        # Named once: however often it is sent, it runs once.
-        headers = {"firesteel-request": secrets.token_hex(16), "firesteel-session": session_id}
-        request = Request("POST", "/api/v1/operations", content, {**headers, "content-type": wire.MEDIA_TYPE})
+        request = _posted(session_id, content)
         try:
             reply = self._connection.ask(request)
         except (TransportError, TrainerLost, AuthError, ClosedError):
@@ -213,7 +211,7 @@ class HTTPTransport:
             self._use_up(operation, error)
             raise
         while reply.status == 202:
-            reply = self._connection.ask(Request("GET", "/api/v1/operations", headers=headers))
+            reply = self._connection.ask(Request("GET", request.path, headers=request.headers))
         return wire.decode_result(operation, reply.content)
 
     def _session(self) -> str:
@@ -297,6 +295,12 @@ def _called(there: str, here: str) -> Iterator[None]:
         yield
     except FiresteelError as error:
         raise type(error)(str(error).replace(there, here)) from error
+
+
+def _posted(session_id: str, content: bytes) -> Request:
+    """An operation to be sent. Named once: however often it is, it runs once."""
+    headers = {"firesteel-request": secrets.token_hex(16), "firesteel-session": session_id}
+    return Request("POST", "/api/v1/operations", content, {**headers, "content-type": wire.MEDIA_TYPE})
 
 
 def _model_of(operation: Operation) -> str:

@@ -77,7 +77,9 @@ class Models:
                 f"output_model: {model_id!r}; 1 to 63 of a-z, 0-9 and '-' make the id of a model"
             )
         known = self.find(checkpoint.account, model_id)
-        if known is not None and known.checkpoint != _origin(checkpoint):
+        # Without the time: a promotion of before names could be used again.
+        origins = (_origin(checkpoint), f"{checkpoint.owner}/{checkpoint.name}")
+        if known is not None and known.checkpoint not in origins:
             raise OperationError(
                 f"output_model: there is a model {model_id!r} already, of {known.checkpoint}"
             )

@@ -283,7 +283,7 @@ class Service:
     ) -> Awaitable[str]:
         """Write a named checkpoint to go on from; gives how its client names it."""
         folder = self.checkpoints.new_folder(model, name, "training")
-        saved = self.submit(model, SaveState(model.model_id, seq_id, str(folder), notes))
+        saved = self._saved(model, SaveState(model.model_id, seq_id, str(folder), notes))
         return self._listed(saved, model, "training", folder)
 
     def save_for_sampler(
@@ -291,8 +291,16 @@ class Service:
     ) -> Awaitable[str]:
         """Write a named export; gives how its client names it."""
         folder = self.checkpoints.new_folder(model, name, "sampler")
-        saved = self.submit(model, SaveWeights(model.model_id, seq_id, str(folder), merged))
+        saved = self._saved(model, SaveWeights(model.model_id, seq_id, str(folder), merged))
         return self._listed(saved, replace(model, lora=None) if merged else model, "sampler", folder)
+
+    def _saved(self, model: ServedModel, operation: SaveState | SaveWeights) -> Awaitable[Any]:
+        """Queue it; refused, the name of its folder is free again."""
+        try:
+            return self.submit(model, operation)
+        except BaseException:
+            self.checkpoints.give_up(Path(operation.path))
+            raise
 
     async def _listed(self, saved: Awaitable[Any], model: ServedModel, kind: Kind, folder: Path) -> str:
         """What is listed is whole: after its folder is there."""
@@ -300,8 +308,8 @@ class Service:
         try:
             await saved
             self.checkpoints.add(model, name, kind, folder)
-        except FiresteelError:
-            await asyncio.to_thread(self.checkpoints.give_up, folder)
+        except BaseException:
+            self.checkpoints.give_up(folder)
             raise
         return name if model.place.job_id is not None else tinker_path(model, kind, name)
 

@@ -26,7 +26,7 @@ class Config(PreferenceSettings):
     orpo_lambda: float = Field(default=1.0, ge=0)
     """Weight of the odds ratio beside the likelihood (TRL calls it beta, its default there is 0.1)."""
     nll_span: NllSpan = "response"
-    """Tokens that the likelihood counts: those of the chosen response, or `all`, the prompt's too (as TRL)."""
+    """Tokens that the likelihood counts: those of the chosen response, or `all`, the prompt's too; a mean per pair."""
 
     @property
     def objective(self) -> OrpoObjective:

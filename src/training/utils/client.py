@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -25,7 +26,8 @@ from firesteel.sdk.operations import LossName, ModelDescription, ModelIdentity
 T = TypeVar("T")
 
 REWINDS = 5
-"""How often a state is loaded again where the server ends while that is done."""
+"""How often a state is loaded again where the server ends while that is done, and how long after that."""
+REWIND_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class ReconnectableClient:
             except TrainerLost:  # the server ended once more meanwhile
                 if not attempt:
                     raise
+                time.sleep(REWIND_SECONDS)
         self._steps, self._states = newest.step, whole
         raise TrainerRewound(newest.step, newest.path) from lost
 

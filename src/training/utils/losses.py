@@ -118,6 +118,13 @@ class PairScores:
         weights = torch.cat([part.weights for part in parts])
         return cls(SideScores.joined(chosen), SideScores.joined(rejected), weights)
 
+    @property
+    def tie_per_token(self) -> torch.Tensor:
+        """`TIE` for margins of means, ``[N]``: their rounding is that of sums over so many tokens."""
+        import torch
+
+        return TIE / torch.minimum(self.chosen.tokens, self.rejected.tokens)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Of one value per pair: by the pairs' weights, which are all 1 where rows give none."""
         return (self.weights * values).sum() / self.weights.sum()
@@ -253,6 +260,10 @@ class DpoObjective:
             case _:
                 return side.delta
 
+    def tie(self, scores: PairScores) -> torch.Tensor | float:
+        """The largest margin that is a tie."""
+        return scores.tie_per_token if self.loss in ("ipo_mean", "sigmoid_norm", "simpo") else TIE
+
     def preference(self, margin: torch.Tensor) -> torch.Tensor:
         """The loss of each pair but for the SFT term, ``[N]``."""
         match self.loss:
@@ -286,15 +297,15 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
     The loss is averaged by the pairs' weights, all else plainly.
     """
     chosen, rejected = objective.sides(scores)
-    margin, beta = chosen - rejected, objective.beta
+    margin, beta, tie = chosen - rejected, objective.beta, objective.tie(scores)
     means = {
         "margin": margin,
-        "accuracy": (margin > TIE).double(),
-        "tie_rate": (margin.abs() <= TIE).double(),
+        "accuracy": (margin > tie).double(),
+        "tie_rate": (margin.abs() <= tie).double(),
         "rewards/chosen": beta * chosen,
         "rewards/rejected": beta * rejected,
         "rewards/margins": beta * margin,
-        "rewards/accuracies": (margin > TIE).double(),
+        "rewards/accuracies": (margin > tie).double(),
         "logps/chosen": scores.chosen.policy,
         "logps/rejected": scores.rejected.policy,
         "policy_preference": (scores.chosen.mean > scores.rejected.mean).double(),

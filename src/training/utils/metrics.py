@@ -21,20 +21,20 @@ logger = logging.getLogger("firesteel")
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one optimizer step computed: tokens of all its sequences, seconds, its epoch from 1.
-
-    `computed` are the trainer's own figures, by the names of `Forward`'s result.
-    """
+    """What one optimizer step computed."""
 
     tokens: int
+    """Of all its sequences."""
     seconds: float
-    epoch: int
+    with_reference: bool
+    """Whether the reference read these rows too: it does so once, in the first epoch."""
     computed: Mapping[str, float]
+    """The trainer's own figures, by the names of `Forward`'s result."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By the cookbook's names, where the reference reads each row once: in the first epoch."""
-        ref_tokens = self.tokens if self.epoch == 1 else 0
+        """By the cookbook's names."""
+        ref_tokens = self.tokens if self.with_reference else 0
         return {
             "step_tokens": self.tokens,
             "ref_tokens": ref_tokens,

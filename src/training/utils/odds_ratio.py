@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from training.utils.losses import TIE, PairScores
+from training.utils.losses import PairScores
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
     import torch
 
     with torch.no_grad():
-        x_c, x_r = chosen, rejected.clamp(max=SUREST)
+        x_c, x_r = chosen.clamp(max=0.0), rejected.clamp(max=SUREST)  # rounding may say more than certain
         not_c, not_r = log1mexp(x_c), log1mexp(x_r)
         log_d = torch.logaddexp(x_c + not_r, x_r + not_c)
         value = log_d - x_c - not_r
@@ -61,7 +61,7 @@ class OrpoObjective:
     """What ORPO optimises.
 
     The likelihood is the mean over the scored tokens of the chosen response, or with the span `all` over the prompt's
-    tokens too, as TRL counts them.
+    tokens too. TRL counts the same tokens, but pools them over a batch, where long prompts weigh more.
     """
 
     orpo_lambda: float
@@ -90,13 +90,13 @@ class OrpoObjective:
     def metrics(self, scores: PairScores) -> dict[str, float]:
         """Means over N pairs, by the cookbook's names. Accuracy and ties are those of the log odds ratio."""
         chosen, rejected = scores.chosen.mean, scores.rejected.mean
-        ratio = log_odds_ratio(chosen, rejected)
+        ratio, tie = log_odds_ratio(chosen, rejected), scores.tie_per_token
         means = {
             "sft_loss": self.nll(scores),
             "or_loss": odds_ratio_loss(chosen, rejected),
             "log_odds_ratio": ratio,
-            "accuracy": (ratio > TIE).double(),
-            "tie_rate": (ratio.abs() <= TIE).double(),
+            "accuracy": (ratio > tie).double(),
+            "tie_rate": (ratio.abs() <= tie).double(),
             "chosen_avg_lp": chosen,
             "rejected_avg_lp": rejected,
             "logps/chosen": scores.chosen.policy,

@@ -8,6 +8,7 @@ token is ``t[p]``: its weight is ``weights[p-1]``.
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +50,8 @@ class PreferencePair:
     """How much it counts in the loss of its step."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ExampleError("weight", f"{self.weight!r}; expected a number above 0")
         chosen, rejected = _sequence("chosen", self.chosen), _sequence("rejected", self.rejected)
         masks = [np.append(np.float32(0), _weights(datum)) for datum in (self.chosen, self.rejected)]
         _refuse_unusable(RenderedPair(self.prompt_len, chosen, rejected, masks[0], masks[1]))

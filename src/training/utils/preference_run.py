@@ -112,7 +112,8 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
         ]
         split = split_pairs([rows.pairs for rows in selections], config)
         folder = stack.enter_context(closing(RunFolder.open(config.log_path, config.takeover)))
-        identity = Identity(config.resolved(), data_identity(indexes, renderer, rules, split))
+        data = {"recipe": config.recipe, **data_identity(indexes, renderer, rules, split)}
+        identity = Identity(config.resolved(), data)
         wanted = Wanted(identity, MAY_CHANGE_WHEN_GOING_ON, epochs_of(config, split).total_steps)
         start = find_start(folder, config.resume, wanted)
         if isinstance(start, Finished):
@@ -403,7 +404,10 @@ def train_step(
     result = policy.forward_backward_custom(data, loss, weighted_only=not run.objective.reads_prompt)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
     work = StepWork(
-        sum(pair.tokens for pair in pairs), time.monotonic() - started, batch.epoch, result.metrics
+        tokens=sum(pair.tokens for pair in pairs),
+        seconds=time.monotonic() - started,
+        with_reference=config.reference_settings is not None and batch.epoch == 1,
+        computed=result.metrics,
     )
     told = {name: value for name, value in result.metrics.items() if ":" not in name}
     measured = {"epoch": batch.epoch, "lr": rate, "loss": told[run.objective.loss_name], **optimizer}

@@ -128,6 +128,8 @@ class PreferenceSettings(RunSettings):
             raise ValueError("give eval_dataset or eval_fraction, not both")
         if self.eval_interval and not (self.eval_dataset or self.eval_fraction):
             raise ValueError("eval_interval needs held-out pairs: eval_dataset or eval_fraction")
+        if self.trainer.reference_training_shape_id and self.reference_settings is None:
+            raise ValueError("trainer.reference_training_shape_id: this loss reads no reference")
         if self.lora_rank == 0 and "lora_alpha" in self.model_fields_set:
             raise ValueError("lora_alpha is not read at lora_rank 0")
         if self.warm_start_from_adapter and not self.lora_rank:

@@ -35,6 +35,10 @@ HELDOUT, DAY = "eval_dataset content", "day"
 FRESH = "start anew with --fresh (resume: never): what is there moves to previous-<n>/, nothing is deleted"
 
 
+BEFORE_IT_WAS_SAID = {"recipe": "dpo", "loss": "sigmoid", "sft_weight": 0.0}
+"""What a checkpoint is of that does not say."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The run that was asked for."""
@@ -263,14 +267,13 @@ def _changes(notes: Notes, wanted: Wanted) -> Iterator[str]:
 
 def _differences(notes: Notes, wanted: Wanted) -> Iterator[tuple[str, Any, Any]]:
     """Every setting and hash that is not what it was. A setting that one of the two does not know is not compared."""
-    for then, now in (
-        (notes.identity.config, wanted.identity.config),
-        (notes.identity.data, wanted.identity.data),
-    ):
-        before, after = dict(_flat(then)), dict(_flat(now))
-        for name in before.keys() & after.keys():
-            if before[name] != after[name]:
-                yield name, before[name], after[name]
+    before, after = (
+        dict(_flat({**identity.config, **identity.data})) for identity in (notes.identity, wanted.identity)
+    )
+    before = {**BEFORE_IT_WAS_SAID, **before}
+    for name in before.keys() & after.keys():
+        if before[name] != after[name]:
+            yield name, before[name], after[name]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

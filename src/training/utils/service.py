@@ -33,7 +33,7 @@ def build_service_client(
     """
     if deployment is not None:
         raise NotBuiltYetError(
-            "deployment: inference deployments are not built yet; DPO needs none, pass None"
+            "deployment: inference deployments are not built yet; no recipe here needs one, pass None"
         )
     if lora_rank is not None and max_lora_rank is not None and lora_rank != max_lora_rank:
         raise ConfigError(

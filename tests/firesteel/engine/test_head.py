@@ -182,3 +182,27 @@ def test_nothing_of_size_positions_times_vocabulary_is_ever_made(trained: tuple[
     with LargestTensor() as made:
         (states @ weight.T).log_softmax(-1).sum().backward()
     assert made.elements == rows * vocabulary
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_with_several_threads_the_gradient_is_the_same_to_the_bit_every_time(trained: bool) -> None:
+    """At the last token of a prompt each answer has a target: their pulls meet in one row."""
+    rows, answers, hidden, vocabulary = 300, 4, 576, 512
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, hidden, generator=generator)
+    weight = torch.randn(vocabulary, hidden, generator=generator)
+    ids = np.random.default_rng(0).integers(0, 3, rows * answers)
+    targets = Targets(np.repeat(np.arange(rows), answers), ids)
+    slopes = torch.randn(rows * answers, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = set()
+        for _ in range(40):
+            leaf, own = states.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+            target_logprobs(Head(own), leaf, targets).backward(slopes)
+            assert leaf.grad is not None
+            found.add(leaf.grad.numpy().tobytes() + (own.grad.numpy().tobytes() if trained else b""))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
