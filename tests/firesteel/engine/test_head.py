@@ -192,7 +192,7 @@ def test_with_several_threads_the_gradient_is_the_same_to_the_bit_every_time(tra
     states = torch.randn(rows, hidden, generator=generator)
     weight = torch.randn(vocabulary, hidden, generator=generator)
     ids = np.random.default_rng(0).integers(0, 3, rows * answers)
-    targets = Targets(np.repeat(np.arange(rows), answers), ids)
+    targets = Targets(np.tile(np.arange(rows), answers), ids)
     slopes = torch.randn(rows * answers, generator=generator)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
