@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.recipes.dpo_loop import Config
+from training.recipes import dpo_loop, orpo_loop
 from training.utils.preference_data import read_preferences
 from training.utils.preference_examples import ChatExample
 
@@ -18,9 +18,11 @@ CONFIGURATIONS = sorted(EXAMPLES.glob("**/*.yaml"))
 assert CONFIGURATIONS, "no example configuration was found"
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_every_example_configuration_loads(path: Path) -> None:
-    settings = Config(**yaml.safe_load(path.read_text()))
+    """Each is named by its recipe."""
+    recipe = {"dpo": dpo_loop, "orpo": orpo_loop}[path.stem]
+    settings = recipe.Config(**yaml.safe_load(path.read_text()))
     for data in filter(None, (settings.dataset, settings.eval_dataset)):
         assert (EXAMPLES.parent / data).exists()
 
