@@ -42,5 +42,5 @@ def test_the_demo_set_has_both_forms_of_the_guide_and_shares_no_question() -> No
     ]
     assert [len(questions) for questions in asked] == [176, 32]
     assert asked[0].isdisjoint(asked[1])
-    settings = Config(**yaml.safe_load((EXAMPLES / "preferences/dpo.yaml").read_text()))
+    settings = dpo_loop.Config(**yaml.safe_load((EXAMPLES / "preferences/dpo.yaml").read_text()))
     assert not {prompt.lower() for prompt in settings.sample_prompts} & (asked[0] | asked[1])
