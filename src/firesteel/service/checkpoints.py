@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,9 +46,11 @@ class Reference:
 class Checkpoints:
     """The checkpoints of all accounts, each seen by its own account only."""
 
-    def __init__(self, home: Path, records: Records) -> None:
+    def __init__(self, home: Path, records: Records, is_at: Callable[[str, Place], bool]) -> None:
+        """`is_at` says whether a model of this id is at a place now."""
         self._home = home
         self._records = records
+        self._is_at = is_at
         self._being_written: set[Path] = set()
 
     def new_folder(self, model: ServedModel, name: str, kind: Kind) -> Path:
@@ -125,9 +127,16 @@ class Checkpoints:
         return Reference(place.owner_of(model_id), None, check_name(text))
 
     def _owner_of(self, model_id: str, place: Place) -> str:
-        """A model of a job keeps its checkpoints with the job; one that has some of its own belongs to none."""
+        """A model of a job keeps its checkpoints with the job; which job an ended model was of, nobody knows."""
         own = f"models/{model_id}"
-        return own if place.job_id is None or self.of(place.account, own) else f"jobs/{place.job_id}"
+        if place.job_id is None or self.of(place.account, own):
+            return own
+        if self._is_at(model_id, place):
+            return f"jobs/{place.job_id}"
+        raise CheckpointError(
+            f"path: there is no model {model_id!r} of trainer job {place.job_id!r} here; a checkpoint of a job goes by "
+            "its bare name, one of another job by cross_job://JOB/NAME"
+        )
 
     def _folder(self, account: str, owner: str, kind: Kind, name: str) -> Path:
         return self._home / "checkpoints" / account / owner / kind / name

@@ -108,7 +108,7 @@ class Service:
         self.sessions = Sessions()
         self.answers = Answers()
         self.metrics = Metrics(self)
-        self.checkpoints = Checkpoints(home, records)
+        self.checkpoints = Checkpoints(home, records, self.sessions.is_at)
         self.transfers = Transfers(home / "transfers", self.limits.transfer_bytes)
         self.jobs = Jobs(records, self)
         self.models = Models(home / "models", records, base_models)

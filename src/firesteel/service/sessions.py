@@ -137,6 +137,11 @@ class Sessions:
         session = self._sessions.get(model.session_id)
         return session is not None and model.model_id in session.models
 
+    def is_at(self, model_id: str, place: Place) -> bool:
+        """Whether a model of this id is there, and is of this place."""
+        session = self._sessions.get(model_id.partition(":")[0])
+        return session is not None and model_id in session.models and session.place == place
+
     def touch(self, session_id: str) -> None:
         """A client of it has asked for something: it is alive."""
         if session_id in self._sessions:

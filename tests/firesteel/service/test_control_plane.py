@@ -443,6 +443,24 @@ def test_names_become_labels_that_stay_apart(client: Stock, trained: StockModel)
     assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in labels)
 
 
+def test_a_checkpoint_by_a_model_of_another_job_is_not_this_jobs_of_that_name(
+    client: Stock, trained: StockModel, llama_folder: str, data
+) -> None:
+    trained.run("save_weights", {"path": "step-4"})
+    client.create_job("other", llama_folder, rank=2)
+    other = client.at_job("other").model(llama_folder, 2)
+    before = other.logprobs(data)
+    other.run("save_weights", {"path": "step-4"})
+    path = f"tinker://{trained.model_id}/weights/step-4"
+    answer = refusal(lambda: other.send("load_weights", {"path": path}))
+    assert (answer.status, "no model" in answer.text, "cross_job://" in answer.text) == (400, True, True)
+    other.run("load_weights", {"path": f"tinker://{other.model_id}/weights/step-4"})
+    assert np.array_equal(other.logprobs(data), before)
+    plain = client.model(llama_folder, 2)
+    saved = plain.run("save_weights", {"path": "step-4"})["path"]
+    other.run("load_weights", {"path": saved})
+
+
 def test_another_job_can_go_on_from_a_checkpoint(
     client: Stock, trained: StockModel, llama_folder: str, data
 ) -> None:
