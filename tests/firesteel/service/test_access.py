@@ -374,7 +374,7 @@ def test_no_name_leads_anywhere(stand: Standing, client: Stock, llama_folder: st
         ("POST", f"/training/v1/rlorTrainerJobs/{account}/{escaped}/api/v1/create_session", {}),
     ):
         answer = client.ask(method, path, body)
-        if path.endswith(f"rlorTrainerJobs/{escaped}") and not name.strip("/"):
+        if not name.strip("/") and path.endswith((f"rlorTrainerJobs/{escaped}", f"{transfer}/{escaped}")):
             continue  # the list itself
         assert 400 <= answer.status_code < 500, (method, path, answer.text)
     assert tree(home.parent) == before

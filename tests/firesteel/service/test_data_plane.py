@@ -1032,7 +1032,7 @@ def test_sampling_that_cannot_be_is_refused(make: Make, changed: dict[str, Any],
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([5], 10**9), ([VOCABULARY], 1)])
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([5], 10**5), ([VOCABULARY], 1)])
 def test_sampling_that_the_model_cannot_do_fails_its_promise(make: Make, prompt, max_tokens: int) -> None:
     model = make()
     with pytest.raises(Failure, match="token") as caught:
