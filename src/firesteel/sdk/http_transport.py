@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import secrets
 import shutil
 import threading
@@ -51,9 +50,6 @@ logger = logging.getLogger("firesteel")
 
 PATIENCE = 300.0
 HEARTBEAT_SECONDS = 10.0
-_TRANSFER = "transfer:"
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What a file of a state or an adapter may be called, on either side."""
 _IN_FLIGHT = 32
 
 
@@ -178,7 +174,7 @@ class HTTPTransport:
         match operation, sent:
             case ((SaveState() | SaveWeights()), _):
                 answer = self._exchange(sent, content)
-                self._fetch_folder(answer.path.removeprefix(_TRANSFER), Path(operation.path))
+                self._fetch_folder(answer.path.removeprefix(wire.TRANSFER), Path(operation.path))
                 return replace(answer, path=operation.path)
             case LoadState(), LoadState():
                 with _called(sent.path, operation.path):
@@ -250,20 +246,20 @@ class HTTPTransport:
         reply = self._connection.ask(Request("POST", "/api/v1/transfers"))
         transfer_id = str(reply.json()["transfer_id"])
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if not path.is_file() or not _FILE.fullmatch(path.name):  # `.gitattributes` and the like
+            if not path.is_file() or not wire.FILE_NAME.fullmatch(path.name):  # `.gitattributes` and the like
                 continue
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             where = f"/api/v1/transfers/{transfer_id}/{path.name}"
             if self._connection.ask(Request("PUT", where, path)).json()["sha256"] != sha256:
                 raise TransportError(f"{path} arrived with other bytes than were sent")
-        return f"{_TRANSFER}{transfer_id}"
+        return f"{wire.TRANSFER}{transfer_id}"
 
     def _fetch_folder(self, transfer_id: str, target: Path) -> None:
         """Bring what the trainer has written to a new folder here: whole, hashed and on the disk, or not at all."""
         where = f"/api/v1/transfers/{transfer_id}"
         files = self._connection.ask(Request("GET", where)).json()["files"]
-        if strange := [file["name"] for file in files if not _FILE.fullmatch(file["name"])]:
+        if strange := [file["name"] for file in files if not wire.FILE_NAME.fullmatch(file["name"])]:
             raise TransportError(
                 f"{target}: the server has sent {strange[0]!r}, which is not the name of a file"
             )

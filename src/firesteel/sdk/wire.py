@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import struct
 import types
 import typing
@@ -40,6 +41,10 @@ from firesteel.sdk.types import (
 )
 
 MEDIA_TYPE = "application/x-firesteel"
+TRANSFER = "transfer:"
+"""Before the id of a folder on its way between the two sides, where an operation names a path."""
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a file of such a folder may be called, on either side."""
 _MAGIC = b"FSW1"
 _ALIGNMENT = 8
 _DTYPES = ("float32", "float64", "int64")

@@ -39,7 +39,6 @@ from firesteel.service.access import Here, Served
 from firesteel.service.answers import Asked
 from firesteel.service.service import Service
 from firesteel.service.sessions import ModelRequest, ServedModel, Session
-from firesteel.service.transfers import PREFIX
 
 router = APIRouter()
 RequestId = Annotated[str, Header(alias="firesteel-request", pattern=r"^[0-9a-f]{32}$")]
@@ -148,11 +147,11 @@ async def _create(
     operation = replace(operation, shape=replace(shape, max_context_length=min(longest, default=None)))
     if start is None:
         return (await service.host(session, replace(operation, base_model=source), request)).description
-    if not start.startswith(PREFIX):
+    if not start.startswith(wire.TRANSFER):
         start = service.checkpoints.resolve(start, session.place).folder
         begun = replace(operation, base_model=source, start=start)
         return (await service.host(session, begun, request)).description
-    transfer_id = start.removeprefix(PREFIX)
+    transfer_id = start.removeprefix(wire.TRANSFER)
     folder = service.transfers.place(account, transfer_id)
     with _named(folder, start):
         try:
@@ -182,14 +181,14 @@ def _save(
 
     async def saved() -> SaveStateResponse | SaveWeightsResponse:
         answer: SaveStateResponse | SaveWeightsResponse = await saving
-        return replace(answer, path=f"{PREFIX}{transfer_id}")
+        return replace(answer, path=f"{wire.TRANSFER}{transfer_id}")
 
     return saved()
 
 
 def _load(service: Service, model: ServedModel, operation: LoadState) -> Awaitable[LoadStateResponse]:
     """From what the client has sent before."""
-    account, transfer_id = model.place.account, operation.path.removeprefix(PREFIX)
+    account, transfer_id = model.place.account, operation.path.removeprefix(wire.TRANSFER)
     folder = service.transfers.place(account, transfer_id)
     loading = service.submit(model, replace(operation, path=str(folder)))
 

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from firesteel.sdk.errors import OperationError, StorageError
+from firesteel.sdk.wire import FILE_NAME
 from firesteel.sealed import WRITE_ERRORS
 
-PREFIX = "transfer:"
 LEFT_SECONDS = 3600.0
 _ID = re.compile(r"[0-9a-f]{32}")
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Transfers:
     ) -> TransferFile:
         """Write one file as its bytes arrive. Raises `OperationError` for a bad name or too many bytes."""
         folder = self.place(account, transfer_id)
-        if not _FILE.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise OperationError(f"{name!r} is not the name of a file in a state or an adapter")
         digest, size = hashlib.sha256(), 0
         try:
@@ -88,7 +87,7 @@ class Transfers:
     def file(self, account: str, transfer_id: str, name: str) -> Path:
         """One file to fetch."""
         path = self.place(account, transfer_id) / name
-        if not _FILE.fullmatch(name) or not path.is_file():
+        if not FILE_NAME.fullmatch(name) or not path.is_file():
             raise OperationError(f"there is no file {name!r} in transfer {transfer_id!r}")
         return path
 
