@@ -19,7 +19,7 @@ from firesteel.sdk.types import BoolArray, IntArray
 
 BLOCK = 128  # FlexAttention's own default, for which its kernels are tuned
 SMALLEST_WIDTH = 16  # of a head: the least that a product in a Triton kernel takes
-KERNELS = 64
+KERNELS = 64  # of one process, see `_kernel`
 
 
 def tree_blocks(tree: Tree, device: torch.device) -> BlockMask:

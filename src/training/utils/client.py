@@ -26,8 +26,9 @@ from firesteel.sdk.operations import LossName, ModelDescription, ModelIdentity
 T = TypeVar("T")
 
 REWINDS = 5
-"""How often a state is loaded again where the server ends while that is done, and how long after that."""
+"""How often a state is loaded where the server ends while that is done."""
 REWIND_SECONDS = 1.0
+"""How long after that."""
 
 
 @dataclass(frozen=True)
