@@ -26,10 +26,11 @@ import numpy as np
 from firesteel.sdk import AdamParams
 from training.utils import DpoObjective, PreferencePair, TrainerConfig, build_dpo_datums, make_pair_loss
 from training.utils.losses import PairLogprobs
-from training.utils.pair_sets import select_pairs
-from training.utils.pairs import Rendering
+from training.utils.preference_rows import PREFERENCES
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
+from training.utils.row_outcomes import Rendering
+from training.utils.row_sets import select_rows
 from training.utils.schedules import Epochs
 from training.utils.service import build_service_client
 
@@ -165,13 +166,13 @@ def run_rows(case: Rows, model: str) -> dict[str, float]:
         with path.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in short_chats(case.count))
         before, started = memory_mib("VmRSS"), time.perf_counter()
-        index = index_rows(str(path), renderer)
+        index = index_rows(str(path), renderer, PREFERENCES)
         indexed = time.perf_counter() - started
         epochs = Epochs(len(index.rows), 8, epochs=1, seed=0, shuffle=True)
-        with closing(select_pairs(index, renderer, Rendering(512))) as selected:
+        with closing(select_rows(index, renderer, Rendering(512))) as selected:
             batches = (batch.rows for batch, _ in zip(epochs.batches(), range(200), strict=False))
             started = time.perf_counter()
-            taken = sum(len(batch.pairs) for batch in selected.pairs.taken_ahead(batches))
+            taken = sum(len(batch.items) for batch in selected.rows.taken_ahead(batches))
             seconds = time.perf_counter() - started
         return {
             "rows/s read once": case.count / indexed,

@@ -26,9 +26,10 @@ from training.utils import (
     make_pair_loss,
 )
 from training.utils.losses import PairLogprobs
-from training.utils.pairs import Rendering, render_pairs
+from training.utils.pairs import render_pairs
 from training.utils.preference_data import read_preferences
 from training.utils.rendering import Renderer
+from training.utils.row_outcomes import Rendering
 from training.utils.tokenizer import load_tokenizer
 
 

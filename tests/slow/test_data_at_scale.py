@@ -20,10 +20,11 @@ import json, sys
 from contextlib import closing
 from pathlib import Path
 from training.utils.evaluation import split_by_prompt
-from training.utils.pair_sets import select_pairs
-from training.utils.pairs import Rendering
+from training.utils.row_sets import select_rows
 from training.utils.rendering import Renderer
+from training.utils.preference_rows import PREFERENCES
 from training.utils.row_index import index_rows
+from training.utils.row_outcomes import Rendering
 from training.utils.schedules import Epochs
 
 def resident(which):
@@ -33,14 +34,14 @@ def resident(which):
 renderer = Renderer.load("tiny-llama")
 assert renderer.identity
 before = resident("VmRSS")
-index = index_rows(sys.argv[1], renderer, "skip")
-with closing(select_pairs(index, renderer, Rendering(200))) as selected:
-    split = split_by_prompt(selected.pairs, 0.1, seed=0)
+index = index_rows(sys.argv[1], renderer, PREFERENCES, "skip")
+with closing(select_rows(index, renderer, Rendering(200))) as selected:
+    split = split_by_prompt(selected.rows, 0.1, seed=0)
     epochs = Epochs(len(split.train), 8, epochs=1, seed=0, shuffle=True)
     lines = set()
     batches = (batch.rows for batch, _ in zip(epochs.batches(), range(50)))
     for taken in split.train.taken_ahead(batches):
-        lines |= {pair.line for pair in taken.pairs}
+        lines |= {pair.line for pair in taken.items}
     counts = [len(index.rows), index.refused_count, len(split.heldout), sum(1 for _ in selected.outcomes())]
 print(json.dumps([*counts, len(lines), max(lines) - min(lines), resident("VmHWM") - before]))
 """

@@ -17,6 +17,7 @@ from firesteel.sdk import DataError
 from training.utils.losses import (
     DpoObjective,
     PairLogprobs,
+    Stages,
     make_pair_loss,
     preference_metrics,
     score_pairs,
@@ -238,8 +239,9 @@ def test_ipo_has_its_optimum_at_the_margin_that_its_name_says(name: str) -> None
 
 def test_robust_becomes_negative_and_hinge_lets_go() -> None:
     far = torch.tensor([50.0], dtype=torch.float64)
-    assert FAMILY["robust"].preference(far).item() < 0
-    assert FAMILY["hinge"].preference(far).item() == 0
+    alone = Stages(torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+    assert FAMILY["robust"].preference(far, alone).item() < 0
+    assert FAMILY["hinge"].preference(far, alone).item() == 0
 
 
 def test_simpo_reads_no_reference() -> None:

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from firesteel.sdk import AdamParams, DataError, TrainingClient
 from training.utils import DpoObjective, ReconnectableClient, build_service_client
 from training.utils.evaluation import Answers, drawn_by_prompt, evaluate
-from training.utils.pair_sets import select_pairs
-from training.utils.pairs import Rendering
+from training.utils.preference_rows import PREFERENCES
 from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
+from training.utils.row_outcomes import Rendering
+from training.utils.row_sets import select_rows
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.floats(0, 0.9), st.integers(0, 5))
 def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], fraction: float, seed: int) -> None:
     given_prompts = np.array(prompts)
     if fraction and len(set(prompts)) < 2:
-        with pytest.raises(DataError, match="eval_fraction: all pairs have one prompt"):
+        with pytest.raises(DataError, match="eval_fraction: all rows have one prompt"):
             drawn_by_prompt(given_prompts, fraction, seed)
         return
     held = drawn_by_prompt(given_prompts, fraction, seed)
@@ -65,11 +66,11 @@ def test_metrics_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     renderer = Renderer.load("tiny-llama")
     with (
         build_service_client(base_model="tiny-llama", lora_rank=4) as service,
-        closing(select_pairs(index_rows(str(path), renderer), renderer, Rendering())) as selected,
+        closing(select_rows(index_rows(str(path), renderer, PREFERENCES), renderer, Rendering())) as selected,
     ):
         policy = service.create_training_client()
         with closing(References(service, renderer, "lazy")) as references:
-            pairs = selected.pairs
+            pairs = selected.rows
             data = [datum for pair in pairs.take(range(3)) for datum in pair.datums]
             policy.forward_backward(data)  # any step away from the reference
             policy.optim_step(AdamParams(learning_rate=1e-2))

@@ -16,6 +16,7 @@ from training.utils.losses import (
     PairLogprobs,
     PairScores,
     SideScores,
+    Stages,
     make_pair_loss,
     preference_metrics,
     score_pairs,
@@ -59,7 +60,12 @@ def scores(margins: list[float]) -> PairScores:
         SideScores(values, *[zeros] * 3, zeros + 2, zeros, zeros),
         SideScores(*[zeros] * 4, zeros + 4, zeros, zeros),
     )
-    return PairScores(chosen, rejected, zeros + 1)
+    return PairScores(chosen, rejected, zeros + 1, each_by_itself(len(margins)))
+
+
+def each_by_itself(count: int) -> Stages:
+    """Rows of two answers."""
+    return Stages(torch.arange(count), torch.ones(count, dtype=torch.float64))
 
 
 def margins(values: list[float]) -> torch.Tensor:
@@ -249,6 +255,7 @@ def test_metrics_of_a_table_worked_out_by_hand() -> None:
             margins([-8, -4, -9]), margins([-7, -6, -9]), zeros, zeros, margins([4, 4, 4.5]), zeros, zeros
         ),
         zeros + 1,
+        each_by_itself(3),
     )
     metrics = preference_metrics(table, DpoObjective(0.5))
     expected = {

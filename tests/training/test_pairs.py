@@ -12,14 +12,12 @@ from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sdk.types import Datum, ModelInput, TensorData
 from training.utils.pairs import (
     PreferencePair,
-    Rendering,
-    RowOutcome,
     build_dpo_datums,
     render_pairs,
-    write_row_outcomes,
 )
 from training.utils.preference_data import PreferenceFile, read_preferences
 from training.utils.rendering import Renderer
+from training.utils.row_outcomes import Rendering, RowOutcome, write_row_outcomes
 
 PROMPT_TOKENS = 22  # of `row` below, template included
 

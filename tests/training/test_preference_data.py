@@ -513,19 +513,24 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
         "chosen.messages[1].tool_calls",
         'the string "add(2, 2)"; expected a list of objects',
     ),
-    ("samples that are no list", {"samples": {"a": 1}}, "samples", "expected a list of two objects"),
-    ("one sample", {"samples": [{"text": "a", "score": 1}]}, "samples", "1 samples; expected exactly two"),
+    ("samples that are no list", {"samples": {"a": 1}}, "samples", "expected a list of objects"),
     (
-        "a ranked list",
+        "one sample",
+        {"samples": [{"text": "a", "score": 1}]},
+        "samples",
+        "a list of 1; expected 2 to 256 answers",
+    ),
+    (
+        "a ranked list of whole texts",
         {"samples": [{"text": text, "score": score} for score, text in enumerate("abc")]},
         "samples",
-        "3 samples; expected exactly two; ranked lists come later",
+        "more than two whole texts; give their prompt apart",
     ),
     (
         "a tie",
         {"samples": [{"text": "a", "score": 1}, {"text": "b", "score": 1.0}]},
         "samples[1].score",
-        "a tie: both samples have the score 1",
+        "a tie: both answers are equally good",
     ),
     (
         "no score",
@@ -555,7 +560,7 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
         "messages and text among samples",
         {"samples": [{"messages": [USER, FOUR], "score": 2}, {"text": "b", "score": 0}]},
         "samples",
-        "expected messages in both or text in both",
+        "expected messages in all or text in all",
     ),
 ]
 BAD_ROW_IDS = [name for name, *_ in BAD_ROWS]

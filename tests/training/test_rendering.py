@@ -227,7 +227,7 @@ def test_several_turns_without_thoughts_render_where_thoughts_are_dropped() -> N
 
 def test_a_turn_whose_thought_is_dropped_later_is_refused() -> None:
     thinking = [assistant("<think>Hm</think>4"), user("?"), assistant("Yes")]
-    with pytest.raises(RenderError, match="rewrites turn 0 once others follow") as caught:
+    with pytest.raises(RenderError, match="rewrites turn 1 once others follow") as caught:
         render(byte_tokenizer(QWEN_3), chat(thinking, [assistant("5"), user("?"), assistant("No")]))
     assert '"<think>\\nHm' in caught.value.reason
 
@@ -265,7 +265,7 @@ def test_a_template_that_ends_no_turn_is_refused_once_messages_are_rendered() ->
 def test_a_template_that_ends_only_the_last_turn_is_refused_for_several() -> None:
     renderer = Renderer(byte_tokenizer(ENDING_THE_LAST_TURN_ONLY))
     assert renderer.render(FOUR_OR_FIVE).chosen_mask.sum() == 2
-    with pytest.raises(RenderError, match="rewrites turn 0 once others follow"):
+    with pytest.raises(RenderError, match="rewrites turn 1 once others follow"):
         renderer.render(
             chat([assistant("4"), user("?"), assistant("a")], [assistant("5"), user("?"), assistant("b")])
         )

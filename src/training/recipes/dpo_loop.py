@@ -5,8 +5,6 @@
 averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. `loss` chooses
 another member of the family (`losses.DpoObjective`), one of which, `simpo`, needs no reference. How a run goes, from
 rows to export, is in `preference_run`; here is what makes it DPO: the settings, and the loss that they mean.
-
-Not here: ranked lists.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ class Config(PreferenceSettings):
     recipe: ClassVar[str] = "dpo"
 
     loss: DpoLoss = "sigmoid"
-    """sigmoid, robust, hinge, ipo_sum, ipo_mean, sigmoid_norm, simpo or ld: see docs/losses.md."""
+    """sigmoid, robust, hinge, ipo_sum, ipo_mean, sigmoid_norm, simpo, ld or plackett_luce: see docs/losses.md."""
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference. Losses per token (…_mean, …_norm, simpo) want larger ones."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)

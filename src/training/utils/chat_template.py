@@ -8,7 +8,7 @@ from datetime import date, datetime, time
 from functools import cached_property
 
 from firesteel.sdk.errors import ModelError
-from training.utils.preference_examples import ChatExample, ExampleError, Message, Messages, Tools
+from training.utils.preference_examples import ExampleError, Message, Messages, Tools
 from training.utils.tokenizer import Tokenizer, Tokens, encode, shared_length, shown_text, starts_with
 
 # Two answers that share neither their first nor their last letter: what two renderings of them have in common
@@ -106,21 +106,19 @@ class ChatTemplate:
             "end-of-sequence token behind the assistant's content"
         )
 
-    def refuse_what_is_left_out(self, example: ChatExample) -> None:
+    def refuse_what_is_left_out(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> None:
         """Templates pass over what they do not know: the model would be trained on another conversation."""
-        prompt, tools = example.prompt, example.tools
         if tools and self._text(prompt, tools, header=True) == self._text(prompt, None, header=True):
             raise RenderError(
                 "tools", "the chat template shows no tools; use a tokenizer whose template does"
             )
-        for name, response in (("chosen", example.chosen), ("rejected", example.rejected)):
-            messages = prompt + response
-            for index, message in enumerate(messages):
-                if not self._shows_role(messages, index, tools):
-                    raise RenderError(name, f"the chat template shows no turns of role {message['role']!r}")
-                for field in _fields_to_show(message["role"], in_prompt=index < len(prompt)):
-                    if message.get(field) and not self._shows_field(messages, index, field, tools):
-                        raise RenderError(name, f"the chat template does not show {field} of turn {index}")
+        messages = prompt + response
+        for index, message in enumerate(messages):
+            if not self._shows_role(messages, index, tools):
+                raise RenderError(name, f"the chat template shows no turns of role {message['role']!r}")
+            for field in _fields_to_show(message["role"], in_prompt=index < len(prompt)):
+                if message.get(field) and not self._shows_field(messages, index, field, tools):
+                    raise RenderError(name, f"the chat template does not show {field} of turn {index}")
 
     def _shows_role(self, messages: Messages, index: int, tools: Tools) -> bool:
         """Whether turns of this role appear at all: asked once for each role."""

@@ -147,7 +147,7 @@ def split_conversations(chosen: Conversation, rejected: Conversation, tools: Too
         _refuse_empty_turns(side, start)
         _refuse_unscored_turns(side, start)
     prompt, *responses = (
-        tuple(_without_weight(turn) for turn in turns)
+        tuple(without_weight(turn) for turn in turns)
         for turns in (chosen.messages[:start], chosen.messages[start:], rejected.messages[start:])
     )
     return ChatExample(prompt, responses[0], responses[1], tools, line)
@@ -163,7 +163,8 @@ def _refuse_unscored_turns(side: Conversation, start: int) -> None:
             )
 
 
-def _without_weight(turn: Message) -> Message:
+def without_weight(turn: Message) -> Message:
+    """A message as templates see it."""
     return {name: value for name, value in turn.items() if name != "weight"}
 
 
@@ -171,7 +172,7 @@ def _shared_length(one: Messages, other: Messages) -> int:
     """Number of messages that are the same at the start of both."""
     shared = 0
     while shared < min(len(one), len(other)) and same_json(
-        *(_without_weight(turns[shared]) for turns in (one, other))
+        *(without_weight(turns[shared]) for turns in (one, other))
     ):
         shared += 1
     return shared
@@ -192,7 +193,7 @@ def _refuse_different_prompts(chosen: Conversation, rejected: Conversation, star
         for side in (chosen, rejected)
     ]
     for (_, one_turn), (place, other_turn) in zip(*asked, strict=False):
-        if not same_json(_without_weight(one_turn), _without_weight(other_turn)):
+        if not same_json(without_weight(one_turn), without_weight(other_turn)):
             _refuse_turns((place, other_turn), one_turn)
     if len(asked[0]) != len(asked[1]):
         place, turn = max(asked, key=len)[min(len(turns) for turns in asked)]
@@ -232,11 +233,11 @@ def _expect_assistant(side: Conversation, index: int, which: str) -> None:
         raise ExampleError(f"{side.places[index]}.role", f"{which} is of role {role!r}; expected 'assistant'")
 
 
-def refuse_what_messages_leave_out(row: Row, example: ChatExample, *keys: str) -> None:
+def refuse_what_messages_leave_out(row: Row, prompt: Messages, *keys: str) -> None:
     """Public data sets repeat a turn of the conversation beside it; anything else there would get lost."""
     for key in keys:
         beside = row.get(key)
         if beside and not isinstance(beside, str):
             raise ExampleError(key, f"{shown(beside)} beside whole conversations; put it into them")
-        if beside and beside.strip() not in [message["content"].strip() for message in example.prompt]:
+        if beside and beside.strip() not in [message["content"].strip() for message in prompt]:
             raise ExampleError(key, f"{shown(beside)} is no turn of the conversations; put it into them")

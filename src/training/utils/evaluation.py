@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import orjson
@@ -15,32 +15,35 @@ from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
 from training.utils.losses import PairObjective, PairScores, score_pairs
-from training.utils.pair_sets import PairSet
+from training.utils.pairs import DistinctDatums, PreferencePair
 from training.utils.reference_pass import AnyReferences
 from training.utils.rendering import Renderer
+from training.utils.row_sets import RowSet
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Training and held-out pairs; without any held out, that is a set of none."""
+class Split(Generic[T]):
+    """Training and held-out rows; without any held out, that is a set of none."""
 
-    train: PairSet
-    heldout: PairSet
+    train: RowSet[T]
+    heldout: RowSet[T]
 
     @property
     def overlap(self) -> int:
-        """Held-out pairs whose prompt is trained on: possible only if they come from a file of their own."""
+        """Held-out rows whose prompt is trained on: possible only if they come from a file of their own."""
         return int(np.isin(self.heldout.prompts, self.train.prompts).sum())
 
 
-def split_by_prompt(pairs: PairSet, fraction: float, seed: int) -> Split:
-    """Hold out some of the pairs of one file, see `drawn_by_prompt`."""
-    held = drawn_by_prompt(pairs.prompts, fraction, seed)
-    return Split(pairs.where(~held), pairs.where(held))
+def split_by_prompt(rows: RowSet[T], fraction: float, seed: int) -> Split[T]:
+    """Hold out some of the rows of one file, see `drawn_by_prompt`."""
+    held = drawn_by_prompt(rows.prompts, fraction, seed)
+    return Split(rows.where(~held), rows.where(held))
 
 
 def drawn_by_prompt(prompts: np.ndarray[tuple[int], np.dtype[Any]], fraction: float, seed: int) -> BoolArray:
-    """Which of the pairs with these prompts are held out: `fraction` or a little more, whole prompts at a time.
+    """Which of the rows with these prompts are held out: `fraction` or a little more, whole prompts at a time.
 
     Raises `DataError` where there is only one prompt.
     """
@@ -50,9 +53,7 @@ def drawn_by_prompt(prompts: np.ndarray[tuple[int], np.dtype[Any]], fraction: fl
     number[np.argsort(first)] = np.arange(len(first))
     group_of = number[group_of]
     if fraction and len(first) < 2:
-        raise DataError(
-            "eval_fraction: all pairs have one prompt, so none can be held out; give eval_dataset"
-        )
+        raise DataError("eval_fraction: all rows have one prompt, so none can be held out; give eval_dataset")
     # The last group drawn stays in training, whatever the fraction.
     drawn = np.random.default_rng(seed).permutation(len(first))[:-1]
     sizes = np.bincount(group_of, minlength=len(first))[drawn]
@@ -62,7 +63,7 @@ def drawn_by_prompt(prompts: np.ndarray[tuple[int], np.dtype[Any]], fraction: fl
 
 def evaluate(
     policy: ReconnectableClient,
-    pairs: PairSet,
+    pairs: RowSet[PreferencePair],
     references: AnyReferences,
     objective: PairObjective,
     batch_size: int = 16,
@@ -76,7 +77,7 @@ def evaluate(
     for batch in pairs.blocks(batch_size):
         if abandon():
             return {}
-        data = [datum for pair in batch for datum in pair.datums]
+        data = DistinctDatums.of(batch).data
         outputs = policy.forward(data, weighted_only=not objective.reads_prompt).loss_fn_outputs
         logprobs = [output["logprobs"].to_torch() for output in outputs]
         scores.append(score_pairs(batch, logprobs, references.of(batch)))

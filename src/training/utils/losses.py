@@ -18,11 +18,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from firesteel.sdk.types import FloatArray
+from training.utils.pairs import DistinctDatums, PreferencePair
 
 if TYPE_CHECKING:
     import torch
-
-    from training.utils.pairs import PreferencePair
 
 
 class PairObjective(Protocol):
@@ -51,7 +50,9 @@ class PairObjective(Protocol):
         """Over N pairs, the loss averaged by their weights."""
 
 
-DpoLoss = Literal["sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "sigmoid_norm", "simpo", "ld"]
+DpoLoss = Literal[
+    "sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "sigmoid_norm", "simpo", "ld", "plackett_luce"
+]
 
 # Margins this near 0 (in nats) are ties. Policy and reference are computed in batches of other composition,
 # which moves a sum of some hundred float32 log-probabilities by about 1e-5: before training, a strict "> 0"
@@ -101,6 +102,43 @@ class SideScores:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Which of N pairs prefer one answer of a ranked list to the worse ones: together they are a stage of the list.
+
+    A row of two answers is a stage by itself.
+    """
+
+    of: torch.Tensor
+    """Number of each pair's stage, from 0, ``[N]``."""
+    pairs: torch.Tensor
+    """How many pairs the row of each pair makes, ``[N]``."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Stages]) -> Stages:
+        """Those of all parts, in order; no stage goes on in the next part."""
+        import torch
+
+        numbered, count = [], 0
+        for part in parts:
+            numbered.append(part.of + count)
+            count += int(part.of.max()) + 1
+        return cls(torch.cat(numbered), torch.cat([part.pairs for part in parts]))
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[PreferencePair]) -> Stages:
+        """Those of some rows' pairs, all pairs of a row one after the other."""
+        import torch
+
+        places = [(pair.line, pair.ranked) for pair in pairs]
+        starts = [
+            place == 0 or pair.ranked.pairs == 1 or places[place] != places[place - 1]
+            for place, pair in enumerate(pairs)
+        ]
+        counts = torch.tensor([pair.ranked.pairs for pair in pairs], dtype=torch.float64)
+        return cls(torch.tensor(starts).long().cumsum(0) - 1, counts)
+
+
+@dataclass(frozen=True)
 class PairScores:
     """Both sides of N pairs."""
 
@@ -108,6 +146,7 @@ class PairScores:
     rejected: SideScores
     weights: torch.Tensor
     """How much each pair counts, ``[N]``."""
+    stages: Stages
 
     @classmethod
     def joined(cls, parts: Sequence[PairScores]) -> PairScores:
@@ -116,7 +155,8 @@ class PairScores:
 
         chosen, rejected = ([getattr(part, side) for part in parts] for side in ("chosen", "rejected"))
         weights = torch.cat([part.weights for part in parts])
-        return cls(SideScores.joined(chosen), SideScores.joined(rejected), weights)
+        stages = Stages.joined([part.stages for part in parts])
+        return cls(SideScores.joined(chosen), SideScores.joined(rejected), weights, stages)
 
     @property
     def tie_per_token(self) -> torch.Tensor:
@@ -135,16 +175,19 @@ def score_pairs(
     logprobs: Sequence[torch.Tensor],
     references: Sequence[PairLogprobs],
 ) -> PairScores:
-    """Sum per-token values of N pairs. `logprobs` are the policy's, interleaved: chosen, rejected, chosen, ….
+    """Sum per-token values of N pairs. `logprobs` are the policy's, of `DistinctDatums`: chosen, rejected, chosen, ….
 
     Raises ValueError if the counts of pairs, or of a side's scored tokens, do not match.
     """
     import torch
 
-    if len(logprobs) != 2 * len(pairs) or len(references) != len(pairs):
+    places = DistinctDatums.of(pairs).places
+    if len(logprobs) not in (max(places) + 1, len(places)) or len(references) != len(pairs):
         raise ValueError(
             f"{len(pairs)} pairs, {len(logprobs)} log-probability rows, {len(references)} references"
         )
+    if len(logprobs) < len(places):  # pairs of a ranked list share their answers
+        logprobs = [logprobs[place] for place in places]
     # Both models are summed over the scored tokens alone, in the same order: equal values give equal sums.
     weights = [
         torch.as_tensor(d.loss_fn_inputs["weights"].to_numpy()).double() for p in pairs for d in p.datums
@@ -168,7 +211,8 @@ def score_pairs(
     table.append(torch.stack([row.double()[~mask].sum() for row, mask in zip(logprobs, scored, strict=True)]))
     table.append(torch.tensor([int((~mask).sum()) for mask in scored], dtype=torch.float64))
     chosen, rejected = (SideScores(*(column[side::2] for column in table)) for side in (0, 1))
-    return PairScores(chosen, rejected, torch.tensor([pair.weight for pair in pairs], dtype=torch.float64))
+    counts = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
+    return PairScores(chosen, rejected, counts, Stages.of_pairs(pairs))
 
 
 def sigmoid_dpo(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -206,21 +250,44 @@ def ipo(margin: torch.Tensor, beta: float) -> torch.Tensor:
     return (margin - 1 / (2 * beta)).square()
 
 
+def plackett_luce(margin: torch.Tensor, beta: float, stages: Stages) -> torch.Tensor:
+    """The likelihood of a list's whole order under scores s, best first (arXiv 2305.18290, appendix A.3).
+
+    ``-Σ_j log(exp(β s_j) / Σ_{i ≥ j} exp(β s_i))``, where stage j needs the margins to the worse answers only: it is
+    ``log(1 + Σ_{i > j} exp(-β (s_j - s_i)))``. Returned per pair, ``[N]``, so that the mean over a list's pairs is the
+    loss of the list. Of two answers it is `sigmoid_dpo`. Tied answers do not compete with each other.
+    """
+    import torch.nn.functional as F
+
+    worse, stage = -beta * margin, stages.of
+    count = stage.bincount()
+    highest = (
+        worse.detach()
+        .new_zeros(len(count))
+        .scatter_reduce(0, stage, worse.detach(), "amax", include_self=False)
+    )
+    summed = worse.new_zeros(len(count)).index_add(0, stage, (worse - highest[stage]).exp())
+    of_stage = -F.logsigmoid(-(summed.log() + highest))
+    return of_stage[stage] * stages.pairs / count[stage]
+
+
 @dataclass(frozen=True)
 class DpoObjective:
     """What DPO optimises.
 
-    ============  ==============================================================================
-    sigmoid       ``-log σ(β m)`` on summed log-ratios; `label_smoothing`: conservative DPO
-    robust        the same, unbiased for a known rate of flipped labels (`label_smoothing`)
-    hinge         ``max(0, 1 - β m)``
-    ipo_sum       ``(m - 1/(2β))²`` on summed log-ratios
-    ipo_mean      the same on means per token: another objective at the same β
-    sigmoid_norm  ``-log σ(β m)`` on means per token (Tülu 3, arXiv 2411.15124)
-    simpo         ``-log σ(β m - γ)`` on the policy's own means per token (arXiv 2405.14734); γ is absolute
-    ld            sigmoid, where tokens beyond the shorter side's length count `ld_alpha` (arXiv 2409.06411), in the
-                  reference too unless `ld_reference` is off
-    ============  ==============================================================================
+    =============  ==============================================================================
+    sigmoid        ``-log σ(β m)`` on summed log-ratios; `label_smoothing`: conservative DPO
+    robust         the same, unbiased for a known rate of flipped labels (`label_smoothing`)
+    hinge          ``max(0, 1 - β m)``
+    ipo_sum        ``(m - 1/(2β))²`` on summed log-ratios
+    ipo_mean       the same on means per token: another objective at the same β
+    sigmoid_norm   ``-log σ(β m)`` on means per token (Tülu 3, arXiv 2411.15124)
+    simpo          ``-log σ(β m - γ)`` on the policy's own means per token (arXiv 2405.14734); γ is absolute
+    ld             sigmoid, where tokens beyond the shorter side's length count `ld_alpha` (arXiv 2409.06411), in the
+                   reference too unless `ld_reference` is off
+    plackett_luce  sigmoid, but of a ranked list the likelihood of its whole order; every other loss takes a list as all
+                   its pairs, which share the weight of a row
+    =============  ==============================================================================
 
     Any of them may have `sft_weight` times the chosen side's mean negative log-likelihood per token added to it
     (arXiv 2404.19733).
@@ -264,9 +331,11 @@ class DpoObjective:
         """The largest margin that is a tie."""
         return scores.tie_per_token if self.loss in ("ipo_mean", "sigmoid_norm", "simpo") else TIE
 
-    def preference(self, margin: torch.Tensor) -> torch.Tensor:
+    def preference(self, margin: torch.Tensor, stages: Stages) -> torch.Tensor:
         """The loss of each pair but for the SFT term, ``[N]``."""
         match self.loss:
+            case "plackett_luce":
+                return plackett_luce(margin, self.beta, stages)
             case "robust":
                 return robust_dpo(margin, self.beta, self.label_smoothing)
             case "hinge":
@@ -281,7 +350,7 @@ class DpoObjective:
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
         chosen, rejected = self.sides(scores)
-        loss = self.preference(chosen - rejected)
+        loss = self.preference(chosen - rejected, scores.stages)
         return loss - self.sft_weight * scores.chosen.mean if self.sft_weight else loss
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
@@ -326,7 +395,7 @@ def make_pair_loss(
 ) -> LossFn:
     """The loss of one optimizer step for `forward_backward_custom`: the **mean** over its pairs, by their weights.
 
-    Its data are the pairs' datums, interleaved: chosen, rejected, chosen, ….
+    Its data are the pairs' `DistinctDatums`: chosen, rejected, chosen, …, an answer of several pairs once.
     """
 
     def loss_fn(

@@ -7,31 +7,34 @@ token is ``t[p]``: its weight is ``weights[p-1]``.
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Integral
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from firesteel.sdk.errors import ConfigError, DataError, RowError
+from firesteel.sdk.errors import ConfigError, RowError
 from firesteel.sdk.types import Datum, FloatArray, ModelInput, TensorData
-from firesteel.sealed import storage_errors
-from training.utils.preference_data import OnBadRow, PreferenceFile, refuse_rows
+from training.utils.preference_data import PreferenceFile
 from training.utils.preference_examples import ExampleError, PreferenceExample
-from training.utils.rendering import RenderedPair, Renderer
+from training.utils.rendering import RenderedAnswers, RenderedPair, RenderedSide, Renderer
+from training.utils.row_forms import refuse_rows
+from training.utils.row_outcomes import Rendering, RowCounts, RowOutcome, refuse_limit, refuse_most
 from training.utils.tokenizer import Tokens, shared_length
 
-Truncate = Literal["drop", "response_end"]
-Outcome = Literal["refused", "dropped", "shortened"]
 
-REASONS_SHOWN = 5
+@dataclass(frozen=True)
+class RankedPlace:
+    """Where a pair stands among the pairs that one row makes: a ranked list of answers makes several."""
+
+    better: int = 0
+    """Place of its chosen answer among the row's, best first."""
+    pairs: int = 1
+    """How many pairs the row makes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class PreferencePair:
     line: int
     weight: float = 1.0
     """How much it counts in the loss of its step."""
+    ranked: RankedPlace = RankedPlace()
+    """Where it stands among the pairs of its row."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -68,44 +73,6 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class RowOutcome:
-    """What became of a row that did not become a whole pair.
-
-    It was `refused` (something is wrong with it), `dropped` (it is too long) or `shortened` (and is used).
-    """
-
-    line: int
-    outcome: Outcome
-    reason: str
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """How rows become pairs: the longest sequence in tokens, and what is done with longer and with bad rows.
-
-    Raises ConfigError for anything else.
-    """
-
-    max_seq_len: int | None = None
-    truncate: Truncate = "drop"
-    on_bad_row: OnBadRow = "fail"
-
-    def __post_init__(self) -> None:
-        if self.truncate not in ("drop", "response_end"):
-            raise ConfigError(f"truncate: {self.truncate!r} is neither 'drop' nor 'response_end'")
-        _refuse_limit(self.max_seq_len)
-
-    def too_long(self, chosen: int, rejected: int) -> str:
-        """Which sides have more tokens than allowed, or nothing."""
-        over = [
-            f"{name} has {tokens} tokens"
-            for name, tokens in (("chosen", chosen), ("rejected", rejected))
-            if tokens > (self.max_seq_len or tokens)
-        ]
-        return f"{' and '.join(over)}, more than max_seq_len {self.max_seq_len}" if over else ""
-
-
-@dataclass(frozen=True)
 class RenderedPairs:
     """The pairs of a file in its order, and every row that was refused, dropped or shortened.
 
@@ -121,34 +88,7 @@ class RenderedPairs:
     def summary(self) -> str:
         """See `RowCounts.summary`."""
         counts = RowCounts(self.file.rows, Counter(row.outcome for row in self.dropped), self.not_used)
-        return counts.summary(self.file.path, self.file.format, len(self.pairs))
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """How many rows a file has, and what became of those that are no whole pair."""
-
-    rows: int
-    lost: Mapping[Outcome, int]
-    not_used: int
-    """Left over once `max_pairs` were found."""
-
-    def summary(self, path: str, form: str, pairs: int) -> str:
-        """`pairs.jsonl: 592 rows of the form messages: 551 pairs; 3 dropped, 38 refused`."""
-        lost = [f"{count:,} {outcome}" for outcome, count in sorted(self.lost.items()) if count]
-        lost += [f"{self.not_used:,} not used (max_pairs)"] if self.not_used else []
-        read = f"{path}: {self.rows:,} rows of the form {form}"
-        return f"{read}: {pairs:,} pairs" + (f"; {', '.join(lost)}" if lost else "")
-
-    def nothing_left(self, path: str, outcomes: Iterable[RowOutcome]) -> DataError:
-        """The error of a file of which no pair is left, with the first reasons."""
-        counted = ", ".join(
-            f"{self.lost[kind]} {kind}" for kind in ("refused", "dropped") if self.lost.get(kind)
-        )
-        lost = sum(self.lost.values())
-        reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in islice(outcomes, REASONS_SHOWN))
-        more = f"\n  and {lost - REASONS_SHOWN} more" if lost > REASONS_SHOWN else ""
-        return DataError(f"{path}: no pair is left of {self.rows} rows: {counted}{reasons}{more}")
+        return counts.summary(self.file.path, self.file.format, f"{len(self.pairs):,} pairs")
 
 
 def build_dpo_datums(
@@ -166,17 +106,19 @@ def build_dpo_datums(
     """
     if truncate not in (None, "response_end"):
         raise ConfigError(f"truncate: {truncate!r} is neither None nor 'response_end'")
-    _refuse_limit(max_seq_len)
-    rendered = _all_scored(
-        prompt_len, _token_ids("chosen", chosen_tokens), _token_ids("rejected", rejected_tokens)
-    )
-    _refuse_unusable(rendered)
-    sides = len(rendered.chosen_tokens), len(rendered.rejected_tokens)
-    if max_seq_len is not None and (too_long := Rendering(max_seq_len).too_long(*sides)):
+    refuse_limit(max_seq_len)
+    sides = {
+        name: _scored_from(prompt_len, _token_ids(name, tokens))
+        for name, tokens in (("chosen", chosen_tokens), ("rejected", rejected_tokens))
+    }
+    rendered = RenderedAnswers(prompt_len, sides)
+    _refuse_unusable_answers(rendered)
+    if max_seq_len is not None and (too_long := Rendering(max_seq_len).too_long(rendered.lengths)):
         if truncate is None:
             raise ExampleError("max_seq_len", f'{too_long}; cut responses with truncate="response_end"')
         rendered = _shortened(rendered, max_seq_len)
-    return _datums(rendered)
+    chosen, rejected = (_datum(side.tokens, side.mask) for side in rendered.sides.values())
+    return chosen, rejected
 
 
 def render_pairs(
@@ -192,14 +134,14 @@ def render_pairs(
     error (`"fail"`), or listed beside the reader's own bad rows (`"skip"`). Raises DataError if no pair is
     left.
     """
-    refuse_max_pairs(max_pairs)
+    refuse_most(max_pairs, "pair")
     rules = rules or Rendering()
     pairs: list[PreferencePair] = []
     refused: list[RowError] = []
     outcomes: list[RowOutcome] = []
-    used = 0
+    used = made = 0
     for example in file.examples:
-        if len(pairs) == max_pairs:
+        if made == max_pairs:
             break
         used += 1
         try:
@@ -209,7 +151,8 @@ def render_pairs(
             continue
         fitted, outcome = _fitted(rendered, rules, example.line)
         outcomes += [outcome] if outcome else []
-        pairs += [pair_of(fitted, example)] if fitted else []
+        pairs += pairs_of(fitted, example) if fitted else []
+        made += fitted is not None
     if rules.on_bad_row == "fail":
         refuse_rows(file.path, refused, len(refused))
     outcomes += [
@@ -222,41 +165,57 @@ def render_pairs(
     return RenderedPairs(file, tuple(pairs), tuple(outcomes), len(file.examples) - used)
 
 
-def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
-    """Append one JSON object per row that was refused, dropped or shortened: file, line, outcome, reason.
-
-    `source` is the data file they are from. A file that stays empty says that nothing was lost.
-    """
-    rows = (
-        {"file": source, "line": row.line, "outcome": row.outcome, "reason": row.reason} for row in outcomes
-    )
-    with storage_errors(Path(path), 0), Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def refuse_max_pairs(max_pairs: int | None) -> None:
-    """Raise ConfigError for what is no number of pairs."""
-    if max_pairs is not None and not (isinstance(max_pairs, Integral) and max_pairs >= 1):
-        raise ConfigError(f"max_pairs: {max_pairs!r} is not a number of pairs above 0")
-
-
-def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedPair:
-    """The tokens of an example, whatever their number. Raises ExampleError where they are no pair."""
-    rendered = renderer.render(example)
-    _refuse_unusable(rendered)
+def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedAnswers:
+    """The tokens of an example, whatever their number. Raises ExampleError where they are no pairs."""
+    rendered = renderer.render_answers(example)
+    _refuse_unusable_answers(rendered)
     return rendered
 
 
-def pair_of(rendered: RenderedPair, example: PreferenceExample) -> PreferencePair:
-    """The pair of a row whose tokens fit."""
-    return PreferencePair(*_datums(rendered), rendered.prompt_len, example.line, example.weight)
+def pairs_of(rendered: RenderedAnswers, example: PreferenceExample) -> list[PreferencePair]:
+    """The pairs of a row whose tokens fit. An answer is one datum, whatever its pairs, which share the row's weight."""
+    datums = [_datum(side.tokens, side.mask) for side in rendered.sides.values()]
+    count = len(rendered.preferences)
+    return [
+        PreferencePair(
+            datums[better],
+            datums[worse],
+            rendered.prompt_len,
+            example.line,
+            example.weight / count,
+            RankedPlace(better, count),
+        )
+        for better, worse in rendered.preferences
+    ]
+
+
+@dataclass(frozen=True)
+class DistinctDatums:
+    """The datums of some pairs, each once: what is computed; and for each side of each pair its place among them."""
+
+    data: list[Datum]
+    places: list[int]
+    """Chosen, rejected, chosen, …."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[PreferencePair]) -> DistinctDatums:
+        """By identity: pairs of one row share the answers that they have in common."""
+        data: list[Datum] = []
+        place_of: dict[int, int] = {}
+        places = []
+        for datum in (datum for pair in pairs for datum in pair.datums):
+            if id(datum) not in place_of:
+                place_of[id(datum)] = len(data)
+                data.append(datum)
+            places.append(place_of[id(datum)])
+        return cls(data, places)
 
 
 def _fitted(
-    rendered: RenderedPair, rules: Rendering, line: int
-) -> tuple[RenderedPair | None, RowOutcome | None]:
-    """The pair as it fits the limit, or None; and what had to be done to it, if anything."""
-    too_long = rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens))
+    rendered: RenderedAnswers, rules: Rendering, line: int
+) -> tuple[RenderedAnswers | None, RowOutcome | None]:
+    """The answers as they fit the limit, or None; and what had to be done to them, if anything."""
+    too_long = rules.too_long(rendered.lengths)
     if not too_long:
         return rendered, None
     if rules.truncate == "drop":
@@ -265,10 +224,10 @@ def _fitted(
 
 
 def shortened_or_dropped(
-    rendered: RenderedPair, rules: Rendering, line: int
-) -> tuple[RenderedPair | None, RowOutcome]:
-    """A pair over the limit without the end of its responses, or None where that leaves no pair."""
-    too_long = rules.too_long(len(rendered.chosen_tokens), len(rendered.rejected_tokens))
+    rendered: RenderedAnswers, rules: Rendering, line: int
+) -> tuple[RenderedAnswers | None, RowOutcome]:
+    """Answers over the limit without their ends, or None where that leaves not every pair."""
+    too_long = rules.too_long(rendered.lengths)
     assert rules.max_seq_len is not None
     try:
         return _shortened(rendered, rules.max_seq_len), RowOutcome(line, "shortened", too_long)
@@ -276,25 +235,26 @@ def shortened_or_dropped(
         return None, RowOutcome(line, "dropped", f"{too_long}; {error}")
 
 
-def _shortened(rendered: RenderedPair, max_seq_len: int) -> RenderedPair:
-    """Both sides cut behind `max_seq_len` tokens. Raises ExampleError if that leaves no pair."""
+def _shortened(rendered: RenderedAnswers, max_seq_len: int) -> RenderedAnswers:
+    """All sides cut behind `max_seq_len` tokens. Raises ExampleError if that leaves not every pair."""
     if rendered.prompt_len >= max_seq_len:
         raise ExampleError("prompt", f"its {rendered.prompt_len} tokens leave no room for a response")
-    cut = RenderedPair(
-        rendered.prompt_len,
-        rendered.chosen_tokens[:max_seq_len],
-        rendered.rejected_tokens[:max_seq_len],
-        rendered.chosen_mask[:max_seq_len],
-        rendered.rejected_mask[:max_seq_len],
-    )
+    cut = rendered.cut(max_seq_len)
     try:
-        _refuse_unusable(cut)
+        _refuse_unusable_answers(cut)
     except ExampleError as error:
         raise ExampleError(error.field, f"after shortening: {error.reason}") from None
     return cut
 
 
-def _refuse_unusable(rendered: RenderedPair) -> None:
+def _refuse_unusable_answers(rendered: RenderedAnswers) -> None:
+    """See `_refuse_unusable`: of each pair."""
+    names = list(rendered.sides)
+    for better, worse in rendered.preferences:
+        _refuse_unusable(rendered.pair(better, worse), names[better], names[worse])
+
+
+def _refuse_unusable(rendered: RenderedPair, better: str = "chosen", worse: str = "rejected") -> None:
     """Raise ExampleError for what is not a pair: no prompt, no response, another prompt, no difference."""
     chosen, rejected, prompt_len = rendered.chosen_tokens, rendered.rejected_tokens, rendered.prompt_len
     if not isinstance(prompt_len, Integral) or prompt_len < 1:
@@ -307,11 +267,11 @@ def _refuse_unusable(rendered: RenderedPair) -> None:
         raise ExampleError(
             "prompt_len",
             f"the first {prompt_len} tokens must be the same on both sides, but token {shared} is "
-            f"{chosen[shared]} in chosen and {rejected[shared]} in rejected",
+            f"{chosen[shared]} in {better} and {rejected[shared]} in {worse}",
         )
     for name, tokens, mask in (
-        ("chosen", chosen, rendered.chosen_mask),
-        ("rejected", rejected, rendered.rejected_mask),
+        (better, chosen, rendered.chosen_mask),
+        (worse, rejected, rendered.rejected_mask),
     ):
         if len(tokens) <= prompt_len:
             raise ExampleError(
@@ -322,19 +282,11 @@ def _refuse_unusable(rendered: RenderedPair) -> None:
         if not mask.any():
             raise ExampleError(name, "no token of the response is scored")
     if chosen == rejected:
-        raise ExampleError("rejected", f"the same {len(chosen)} tokens as chosen: there is nothing to prefer")
+        raise ExampleError(worse, f"the same {len(chosen)} tokens as {better}: there is nothing to prefer")
 
 
-def _all_scored(prompt_len: int, chosen: Tokens, rejected: Tokens) -> RenderedPair:
-    masks = [(np.arange(len(tokens)) >= prompt_len).astype(np.float32) for tokens in (chosen, rejected)]
-    return RenderedPair(prompt_len, chosen, rejected, masks[0], masks[1])
-
-
-def _datums(rendered: RenderedPair) -> tuple[Datum, Datum]:
-    return (
-        _datum(rendered.chosen_tokens, rendered.chosen_mask),
-        _datum(rendered.rejected_tokens, rendered.rejected_mask),
-    )
+def _scored_from(prompt_len: int, tokens: Tokens) -> RenderedSide:
+    return RenderedSide(tokens, (np.arange(len(tokens)) >= prompt_len).astype(np.float32))
 
 
 def _datum(tokens: Tokens, mask: FloatArray) -> Datum:
@@ -368,10 +320,3 @@ def _token_ids(name: str, tokens: Sequence[int]) -> Tokens:
     if any(token < 0 for token in ids):
         raise ExampleError(f"{name}_tokens", f"{min(ids)} is not a token id: ids start at 0")
     return ids
-
-
-def _refuse_limit(max_seq_len: int | None) -> None:
-    if max_seq_len is not None and not (isinstance(max_seq_len, Integral) and max_seq_len >= 2):
-        raise ConfigError(
-            f"max_seq_len: {max_seq_len!r}; expected a whole number of tokens, at least 2 (prompt and response)"
-        )

@@ -10,7 +10,10 @@ prompt-text        {"prompt": "…", "chosen": "…", "rejected": "…"}
 message-lists      {"chosen": [messages], "rejected": [messages]}
 text               {"chosen": {"text": "…"}, "rejected": {"text": "…"}}, or two bare strings
 samples            {"samples": [{"messages": […], "score": 1.0}, {"messages": […], "score": 0.0}]}
+completions        {"prompt": …, "completions": [{"text": "…", "score": 1.0}, {"text": "…", "score": 0.0}]}
 =================  =============================================================================
+
+The last two are ranked lists where they have more than two answers, see `ranked_rows`.
 
 `tools` (a list of function schemas) may stand beside messages; `weight` (a number above 0, 1 where there is none) says
 in any form how much the row counts in the loss of its step. Of messages everything is kept, except that
@@ -21,12 +24,10 @@ can show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
 
-from firesteel.sdk.errors import ConfigError, DataError, RowError
+from firesteel.sdk.errors import ConfigError, RowError
 from training.utils.conversations import (
     Conversation,
     one_turn,
@@ -50,15 +51,23 @@ from training.utils.preference_examples import (
     PreferenceExample,
     TextExample,
 )
-from training.utils.row_values import Row, keys_found, refuse_unread, required, required_object, shown
+from training.utils.ranked_rows import read_completions, read_samples
+from training.utils.row_forms import FormatTally, RowForm, claimed, refuse_nothing_left, refuse_rows
+from training.utils.row_outcomes import OnBadRow
+from training.utils.row_values import (
+    Row,
+    keys_found,
+    outer_form,
+    refuse_unread,
+    required,
+    required_object,
+    shown,
+)
 
-OnBadRow = Literal["fail", "skip"]
-
-ERRORS_SHOWN = 10
-LINES_SHOWN = 3
 ACCEPTED = (
     '`chosen` and `rejected` (each {"messages": […]}, {"text": "…"}, a list of messages or a string; with or '
-    "without `prompt`), `input` with `preferred_output` and `non_preferred_output`, or `samples`"
+    "without `prompt`), `input` with `preferred_output` and `non_preferred_output`, `samples`, or `prompt` with "
+    "`completions`"
 )
 
 
@@ -73,44 +82,10 @@ class PreferenceFile:
     rows: int
 
 
-@dataclass
-class FormatTally:
-    """Which formats the rows of a file have: for each, how many rows, and the lines of the first few."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first_lines: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, name: str, line: int) -> None:
-        """Count one row."""
-        self.merge(FormatTally({name: 1}, {name: [line]}))
-
-    def merge(self, later: FormatTally) -> None:
-        """Count the rows that another tally has counted behind these."""
-        for name, count in later.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-            lines = [*self.first_lines.get(name, []), *later.first_lines[name]]
-            self.first_lines[name] = lines[:LINES_SHOWN]
-
-    def only(self, path: str) -> str:
-        """The one format of all rows. Raises DataError if there are several."""
-        if len(self.counts) > 1:
-            found = "; ".join(f"{name} in {self._lines_text(name)}" for name in self.counts)
-            raise DataError(
-                f"{path}: its rows are of {len(self.counts)} formats: {found}. Keep each in a file of its own."
-            )
-        (name,) = self.counts
-        return name
-
-    def _lines_text(self, name: str) -> str:
-        lines, count = self.first_lines[name], self.counts[name]
-        more = "" if count <= len(lines) else f" and {count - len(lines)} more"
-        return f"line {lines[0]}" if count == 1 else f"lines {', '.join(map(str, lines))}{more}"
-
-
 def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
     """The format of one row and what it says. Raises ExampleError."""
     row = parse_row(raw)
-    form = _format_of(row)
+    form = _form_of(row)
     refuse_unread(row)
     return form.name, replace(form.read(row, line), weight=_weight(row))
 
@@ -140,32 +115,8 @@ def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> Prefere
     if on_bad_row == "fail":
         refuse_rows(location, bad, len(bad))
     if not examples:
-        refuse_nothing_left(location, bad, len(bad))
+        refuse_nothing_left(location, bad, len(bad), [form.shape for form in FORMATS])
     return PreferenceFile(location, name, tuple(examples), tuple(bad), len(examples) + len(bad))
-
-
-def refuse_rows(path: str, first: Sequence[RowError], count: int) -> None:
-    """Raise one error for the bad rows of one file, of which the first few are given; return if there are none."""
-    if not count:
-        return
-    if count == 1:
-        raise first[0]
-    shown_rows = first[:ERRORS_SHOWN]
-    more = "" if count <= len(shown_rows) else f"\n  and {count - len(shown_rows)} more"
-    listed = "".join(f"\n  {error}" for error in shown_rows)
-    raise DataError(
-        f"{path}: {count} rows cannot be used:{listed}{more}\n"
-        'Mend or remove them, or leave them out with on_bad_row="skip".'
-    )
-
-
-def refuse_nothing_left(path: str, first: Sequence[RowError], count: int) -> NoReturn:
-    """Raise the error of a file without a usable row."""
-    if not count:
-        shapes = " | ".join(form.shape for form in FORMATS)
-        raise DataError(f"{path}: the file is empty; expected one JSON object per line, as one of {shapes}")
-    listed = "".join(f"\n  {error}" for error in first[:ERRORS_SHOWN])
-    raise DataError(f"{path}: none of its {count} rows can be used:{listed}")
 
 
 def _read_messages(row: Row, line: int) -> ChatExample:
@@ -174,7 +125,7 @@ def _read_messages(row: Row, line: int) -> ChatExample:
     rejected = read_conversation(required(sides[1], "messages", "rejected"), "rejected.messages")
     tools = read_tools(row, ("chosen", sides[0]), ("rejected", sides[1]))
     example = split_conversations(chosen, rejected, tools, line)
-    refuse_what_messages_leave_out(row, example, "prompt", "system")
+    refuse_what_messages_leave_out(row, example.prompt, "prompt", "system")
     return example
 
 
@@ -200,7 +151,7 @@ def _read_prompt_messages(row: Row, line: int) -> ChatExample:
     prompt = read_conversation(required(row, "prompt"), "prompt")
     chosen, rejected = (read_response(required(row, name), name) for name in ("chosen", "rejected"))
     example = split_conversations(prompt + chosen, prompt + rejected, read_tools(row), line)
-    refuse_what_messages_leave_out(row, example, "system")
+    refuse_what_messages_leave_out(row, example.prompt, "system")
     return example
 
 
@@ -216,7 +167,7 @@ def _read_prompt_text(row: Row, line: int) -> PlainExample:
 def _read_message_lists(row: Row, line: int) -> ChatExample:
     chosen, rejected = (read_conversation(required(row, name), name) for name in ("chosen", "rejected"))
     example = split_conversations(chosen, rejected, read_tools(row), line)
-    refuse_what_messages_leave_out(row, example, "prompt", "system")
+    refuse_what_messages_leave_out(row, example.prompt, "prompt", "system")
     return example
 
 
@@ -227,34 +178,6 @@ def _read_text(row: Row, line: int) -> TextExample:
     return TextExample(chosen, rejected, line)
 
 
-def _read_samples(row: Row, line: int) -> PreferenceExample:
-    samples = row["samples"]
-    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
-        raise ExampleError("samples", f"{shown(samples)}; expected a list of two objects")
-    if len(samples) != 2:
-        later = "; ranked lists come later" if len(samples) > 2 else ""
-        raise ExampleError("samples", f"{len(samples)} samples; expected exactly two{later}")
-    scores = [_score(sample, f"samples[{index}]") for index, sample in enumerate(samples)]
-    if scores[0] == scores[1]:
-        raise ExampleError("samples[1].score", f"a tie: both samples have the score {scores[0]:g}")
-    best, worst = (0, 1) if scores[0] > scores[1] else (1, 0)
-    forms = {_form(sample) for sample in samples}
-    if forms == {"an object with messages"}:
-        chosen, rejected = (
-            read_conversation(samples[index]["messages"], f"samples[{index}].messages")
-            for index in (best, worst)
-        )
-        tools = read_tools(row, *((f"samples[{index}]", sample) for index, sample in enumerate(samples)))
-        return split_conversations(chosen, rejected, tools, line)
-    if forms == {"text"}:
-        chosen_text, rejected_text = (
-            read_whole_text(samples[index], f"samples[{index}]") for index in (best, worst)
-        )
-        refuse_same_texts(chosen_text, rejected_text, f"samples[{worst}]")
-        return TextExample(chosen_text, rejected_text, line)
-    raise ExampleError("samples", f"{' and '.join(sorted(forms))}; expected messages in both or text in both")
-
-
 def _weight(row: Row) -> float:
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
@@ -262,105 +185,72 @@ def _weight(row: Row) -> float:
     return float(weight)
 
 
-def _score(sample: Row, place: str) -> float:
-    evals = sample.get("evals")
-    nested = evals.get("score") if isinstance(evals, dict) else None
-    score = sample.get("score", nested)
-    if score is None:
-        raise ExampleError(f"{place}.score", f"missing; {keys_found(sample)}; expected score or evals.score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ExampleError(f"{place}.score", f"{shown(score)}; expected a finite number")
-    if nested is not None and nested != score:
-        raise ExampleError(f"{place}.score", f"{shown(score)}, but evals.score is {shown(nested)}; keep one")
-    return float(score)
-
-
-@dataclass(frozen=True)
-class _Format:
-    """One accepted form. `claims` looks at keys and outer types only, `read` says what is wrong inside."""
-
-    name: str
-    shape: str
-    claims: Callable[[Row], bool]
-    read: Callable[[Row, int], PreferenceExample]
-
-
 def _sides(row: Row) -> set[str]:
-    return {_form(row[name]) for name in ("chosen", "rejected") if name in row}
+    return {outer_form(row[name]) for name in ("chosen", "rejected") if name in row}
 
 
-def _form(value: object) -> str:
-    """Which form of answer this is, by its outer type."""
-    if isinstance(value, dict) and "messages" in value and "text" in value:
-        return "an object with both messages and text"
-    if isinstance(value, dict) and "messages" in value:
-        return "an object with messages"
-    if isinstance(value, str) or (isinstance(value, dict) and "text" in value):
-        return "text"
-    if isinstance(value, dict):
-        return "an object without messages or text"
-    return "a list" if isinstance(value, list) else "null" if value is None else "no text"
-
-
-FORMATS = (
-    _Format(
+FORMATS: tuple[RowForm[PreferenceExample], ...] = (
+    RowForm(
         "messages",
         '{"chosen": {"messages": […]}, "rejected": {"messages": […]}}',
         lambda row: "an object with messages" in _sides(row),
         _read_messages,
     ),
-    _Format(
+    RowForm(
         "preferred_output",
         '{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}',
         lambda row: "preferred_output" in row or "non_preferred_output" in row,
         _read_preferred_output,
     ),
-    _Format(
+    RowForm(
         "prompt-messages",
         '{"prompt": [messages], "chosen": [messages], "rejected": [messages]}',
         lambda row: isinstance(row.get("prompt"), list) and bool(_sides(row)),
         _read_prompt_messages,
     ),
-    _Format(
+    RowForm(
         "prompt-text",
         '{"prompt": "…", "chosen": "…", "rejected": "…"}',
         lambda row: isinstance(row.get("prompt"), str) and "text" in _sides(row),
         _read_prompt_text,
     ),
-    _Format(
+    RowForm(
         "message-lists",
         '{"chosen": [messages], "rejected": [messages]}',
         lambda row: "a list" in _sides(row) and not isinstance(row.get("prompt"), list),
         _read_message_lists,
     ),
-    _Format(
+    RowForm(
         "text",
         '{"chosen": {"text": "…"}, "rejected": {"text": "…"}}',
         lambda row: "text" in _sides(row) and row.get("prompt") is None,
         _read_text,
     ),
-    _Format(
+    RowForm(
         "samples",
         '{"samples": [{"messages": […], "score": 1.0}, {"messages": […], "score": 0.0}]}',
         lambda row: "samples" in row,
-        _read_samples,
+        read_samples,
+    ),
+    RowForm(
+        "completions",
+        '{"prompt": … , "completions": [{"text": "…", "score": 1.0}, …]}, or each with messages, or a rank',
+        lambda row: "completions" in row,
+        read_completions,
     ),
 )
 
 
-def _format_of(row: Row) -> _Format:
-    """The one format that this row is meant to be. Raises ExampleError if there is none, or more than one."""
+def _form_of(row: Row) -> RowForm[PreferenceExample]:
+    """The one form that this row is meant to be. Raises ExampleError if there is none, or more than one."""
     if len(_sides(row)) == 2:
         raise ExampleError(
             "rejected",
-            f"{_form(row['rejected'])}, while chosen is {_form(row['chosen'])}; both must have the same form",
+            f"{outer_form(row['rejected'])}, while chosen is {outer_form(row['chosen'])}; "
+            "both must have the same form",
         )
-    claiming = [form for form in FORMATS if form.claims(row)]
-    if len(claiming) == 1:
-        return claiming[0]
-    if claiming:
-        fits = " and ".join(f"{form.name} {form.shape}" for form in claiming)
-        raise ExampleError("row", f"fits {len(claiming)} formats: {fits}; keep the keys of one")
+    if form := claimed(row, FORMATS):
+        return form
     for name in ("prompt", "chosen", "rejected"):
         if row.get(name) is not None and not isinstance(row[name], str | list):
             raise ExampleError(name, f"{shown(row[name])}; accepted are {ACCEPTED}")

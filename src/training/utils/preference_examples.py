@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, TypeAlias
 
 from firesteel.sdk.errors import DataError, RowError
@@ -67,4 +69,28 @@ class TextExample:
     weight: float = 1.0
 
 
-PreferenceExample: TypeAlias = ChatExample | PlainExample | TextExample
+@dataclass(frozen=True)
+class RankedExample:
+    """One prompt and several answers, best first: turns after a conversation, or texts after a text."""
+
+    prompt: Messages | str
+    answers: tuple[Messages | str, ...]
+    ranks: tuple[float, ...]
+    """Of each answer, smaller is better; answers of one rank are tied."""
+    tools: Tools
+    line: int
+    weight: float = 1.0
+
+    @property
+    def preferences(self) -> list[tuple[int, int]]:
+        """Every two answers of which the first is better, by place."""
+        places = combinations(range(len(self.answers)), 2)
+        return [(better, worse) for better, worse in places if self.ranks[better] < self.ranks[worse]]
+
+    @property
+    def ties(self) -> int:
+        """How many twos of answers are tied: they say nothing, and are dropped."""
+        return math.comb(len(self.answers), 2) - len(self.preferences)
+
+
+PreferenceExample: TypeAlias = ChatExample | PlainExample | TextExample | RankedExample

@@ -28,8 +28,8 @@ from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
 from training.utils.loop import Loop, SavedRun
 from training.utils.losses import PairObjective, make_pair_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
-from training.utils.pair_sets import PairSet, select_pairs
-from training.utils.pairs import PreferencePair, Rendering, write_row_outcomes
+from training.utils.pairs import DistinctDatums, PreferencePair
+from training.utils.preference_rows import PREFERENCES
 from training.utils.preference_settings import (
     MAY_CHANGE_WHEN_GOING_ON,
     PreferenceSettings,
@@ -50,6 +50,8 @@ from training.utils.resume import (
     rewind,
 )
 from training.utils.row_index import RowIndex, index_rows
+from training.utils.row_outcomes import Rendering, write_row_outcomes
+from training.utils.row_sets import RowSet, select_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
@@ -99,7 +101,9 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
     day = first_day(config.log_path, config.resume)
     renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
     files = [path for path in (config.dataset, config.eval_dataset) if path]
-    indexes = [index_rows(path, renderer, config.on_bad_row, display.reading(path)) for path in files]
+    indexes = [
+        index_rows(path, renderer, PREFERENCES, config.on_bad_row, display.reading(path)) for path in files
+    ]
     for prompt in config.sample_prompts:
         renderer.question(prompt)  # refused now, not after the reference pass
     with build_service(config) as service, ExitStack() as stack:
@@ -107,10 +111,10 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
         rules = Rendering(config.max_seq_len or longest, config.truncate)
         limits = (config.max_pairs, None)  # held-out pairs are all used
         selections = [
-            stack.enter_context(closing(select_pairs(index, renderer, rules, most)))
+            stack.enter_context(closing(select_rows(index, renderer, rules, most)))
             for index, most in zip(indexes, limits, strict=False)
         ]
-        split = split_pairs([rows.pairs for rows in selections], config)
+        split = split_pairs([selected.rows for selected in selections], config)
         folder = stack.enter_context(closing(RunFolder.open(config.log_path, config.takeover)))
         data = {"recipe": config.recipe, **data_identity(indexes, renderer, rules, split)}
         identity = Identity(config.resolved(), data)
@@ -148,7 +152,10 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
 
 
 def data_identity(
-    indexes: Sequence[RowIndex], renderer: Renderer, rules: Rendering, split: Split
+    indexes: Sequence[RowIndex[PreferencePair]],
+    renderer: Renderer,
+    rules: Rendering,
+    split: Split[PreferencePair],
 ) -> dict[str, Any]:
     """What the tokens of this run follow from."""
     names = ("dataset content", "eval_dataset content")
@@ -185,7 +192,7 @@ def begin(folder: RunFolder, start: Start | GoOn, config: PreferenceSettings) ->
     folder.write_config(config.resolved())
 
 
-def split_pairs(sets: Sequence[PairSet], config: PreferenceSettings) -> Split:
+def split_pairs(sets: Sequence[RowSet[PreferencePair]], config: PreferenceSettings) -> Split[PreferencePair]:
     """Training and held-out pairs: from a file each, or drawn from one."""
     train, *heldout = sets
     if heldout:
@@ -193,7 +200,7 @@ def split_pairs(sets: Sequence[PairSet], config: PreferenceSettings) -> Split:
     return split_by_prompt(train, config.eval_fraction, config.seed)
 
 
-def epochs_of(config: PreferenceSettings, split: Split) -> Epochs:
+def epochs_of(config: PreferenceSettings, split: Split[PreferencePair]) -> Epochs:
     """Every batch of a run."""
     return Epochs(len(split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
@@ -203,7 +210,7 @@ class Run:
     """What the phases of one run share."""
 
     config: PreferenceSettings
-    split: Split
+    split: Split[PreferencePair]
     renderer: Renderer
     folder: RunFolder
     display: Display
@@ -372,9 +379,11 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
         for batch, rows in zip(epochs.batches(done), taken, strict=True):
             loop.checkpoints.list_if_written()
             try:
-                metrics = train_step(run, trainers, batch, rows.pairs)
+                metrics = train_step(run, trainers, batch, rows.items)
             except NonFiniteError as error:
-                metrics = loop.skip_or_refuse(batch, [pair.line for pair in rows.pairs], error)
+                metrics = loop.skip_or_refuse(
+                    batch, list(dict.fromkeys(pair.line for pair in rows.items)), error
+                )
             for symptom in symptoms(batch.step, metrics):
                 run.display.say(f"warning: step {batch.step}: {symptom}")
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
@@ -400,11 +409,11 @@ def train_step(
     config, policy, started = run.config, trainers.policy, time.monotonic()
     loss = make_pair_loss(pairs, trainers.references.of(pairs), run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
-    data = [datum for pair in pairs for datum in pair.datums]
+    data = DistinctDatums.of(pairs).data
     result = policy.forward_backward_custom(data, loss, weighted_only=not run.objective.reads_prompt)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
     work = StepWork(
-        tokens=sum(pair.tokens for pair in pairs),
+        tokens=sum(datum.model_input.length + 1 for datum in data),
         seconds=time.monotonic() - started,
         with_reference=config.reference_settings is not None and batch.epoch == 1,
         computed=result.metrics,
@@ -424,7 +433,7 @@ def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyRef
     first = next(run.epochs.batches())
     pairs = run.split.train.take(first.rows)
     loss = make_pair_loss(pairs, references.asked_now(pairs), run.objective)
-    data = [datum for pair in pairs for datum in pair.datums]
+    data = DistinctDatums.of(pairs).data
     verification = policy.verify(data, loss, weighted_only=not run.objective.reads_prompt)
     for line in verification.lines:
         run.display.say(line)

@@ -53,7 +53,7 @@ class PreferenceSettings(RunSettings):
     epochs: int = Field(default=1, ge=1)
     """Passes over the training pairs."""
     batch_size: int = Field(default=4, ge=1)
-    """Pairs per optimizer step; a last, smaller batch is trained too."""
+    """Rows per optimizer step (pairs, or ranked lists); a last, smaller batch is trained too."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest row in tokens, prompt and response; unset = what the trainer takes."""
     truncate: Literal["drop", "response_end"] = "drop"

@@ -28,7 +28,7 @@ from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, 
 from firesteel.sdk.operations import ModelIdentity
 from firesteel.sdk.types import FloatArray
 from training.utils.losses import PairLogprobs
-from training.utils.pairs import PreferencePair
+from training.utils.pairs import DistinctDatums, PreferencePair
 
 BLOCK_PAIRS = 16
 PROBE_PAIRS = 4
@@ -286,9 +286,11 @@ def reference_logprobs(reference: Reference, pairs: Sequence[PreferencePair]) ->
 
 
 def _forward(reference: Reference, pairs: Sequence[PreferencePair]) -> list[dict[str, TensorData]]:
-    """The outputs of all chosen and rejected sides in turn."""
-    data = [datum for pair in pairs for datum in pair.datums]
-    return reference.forward(data, weighted_only=True).loss_fn_outputs
+    """The outputs of all chosen and rejected sides in turn; an answer of several pairs is computed once."""
+    distinct = DistinctDatums.of(pairs)
+    outputs = reference.forward(distinct.data, weighted_only=True).loss_fn_outputs
+    shared = len(outputs) < len(distinct.places)
+    return [outputs[place] for place in distinct.places] if shared else outputs
 
 
 def _scored(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

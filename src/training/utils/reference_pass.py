@@ -13,7 +13,6 @@ from firesteel.store import home
 from training.utils.checkpoints import ReferenceRecord
 from training.utils.client import ReconnectableClient
 from training.utils.losses import PairLogprobs
-from training.utils.pair_sets import PairSet
 from training.utils.pairs import PreferencePair
 from training.utils.progress import Display, Stage
 from training.utils.reference_cache import (
@@ -25,6 +24,7 @@ from training.utils.reference_cache import (
     reference_logprobs,
 )
 from training.utils.rendering import Renderer
+from training.utils.row_sets import RowSet
 
 ReferenceMode = Literal["upfront", "lazy"]
 RECORDED_PAIRS = 8
@@ -67,7 +67,7 @@ class References:
 
     def prepare(
         self,
-        sets: Sequence[PairSet],
+        sets: Sequence[RowSet[PreferencePair]],
         display: Display,
         seed: int,
         after_block: Callable[[], None] = lambda: None,
@@ -81,7 +81,8 @@ class References:
         if self._mode == "lazy":
             return
         started = time.monotonic()
-        stage = Stage("reference", sum(map(len, sets)), seconds_between_lines=10)
+        total = sum(int(pairs.records["pairs"].sum()) for pairs in sets)
+        stage = Stage("reference", total, seconds_between_lines=10)
         with display.bar(stage) as bar:
             blocks = (block for pairs in sets for block in pairs.blocks(BLOCK_PAIRS))
 
@@ -139,7 +140,7 @@ class NoReferences:
 
     def prepare(
         self,
-        sets: Sequence[PairSet],
+        sets: Sequence[RowSet[PreferencePair]],
         display: Display,
         seed: int,
         after_block: Callable[[], None] = lambda: None,

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -27,7 +26,9 @@ from training.utils.preference_examples import (
     Messages,
     PlainExample,
     PreferenceExample,
+    RankedExample,
     TextExample,
+    Tools,
 )
 from training.utils.tokenizer import (
     Tokenizer,
@@ -39,8 +40,6 @@ from training.utils.tokenizer import (
     starts_with,
     tokenizer_identity,
 )
-
-SideName = Literal["chosen", "rejected"]
 
 TOKENS_SHOWN = 8  # on each side of the place where two token sequences part
 
@@ -60,11 +59,43 @@ class RenderedPair:
 
 
 @dataclass(frozen=True, eq=False)
-class _Scored:
-    """One side: its tokens up to the last end-of-turn, and their mask."""
+class RenderedSide:
+    """One sequence: its tokens up to the last end-of-turn, and which of them are scored."""
 
     tokens: Tokens
     mask: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class RenderedAnswers:
+    """Two or more answers that share their first `prompt_len` tokens."""
+
+    prompt_len: int
+    sides: Mapping[str, RenderedSide]
+    """By what they are called in errors."""
+    preferences: Sequence[tuple[int, int]] = ((0, 1),)
+    """Which answer is better than which other, by place."""
+    ties: int = 0
+    """Twos of answers between which nothing is preferred."""
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of each whole answer, the prompt's among them."""
+        return {name: len(side.tokens) for name, side in self.sides.items()}
+
+    def cut(self, max_seq_len: int) -> RenderedAnswers:
+        """All sides without what lies behind so many tokens."""
+        sides = {
+            name: RenderedSide(side.tokens[:max_seq_len], side.mask[:max_seq_len])
+            for name, side in self.sides.items()
+        }
+        return replace(self, sides=sides)
+
+    def pair(self, chosen: int = 0, rejected: int = 1) -> RenderedPair:
+        """Two of the answers."""
+        sides = list(self.sides.values())
+        one, other = sides[chosen], sides[rejected]
+        return RenderedPair(self.prompt_len, one.tokens, other.tokens, one.mask, other.mask)
 
 
 class Renderer:
@@ -91,14 +122,26 @@ class Renderer:
         """On the tokenizer that `load_tokenizer` loads."""
         return cls(load_tokenizer(source), source, today)
 
-    def render(self, example: PreferenceExample) -> RenderedPair:
+    def render(self, example: ChatExample | PlainExample | TextExample) -> RenderedPair:
         """Tokens and masks of both sides."""
+        return self.render_answers(example).pair()
+
+    def render_answers(self, example: PreferenceExample) -> RenderedAnswers:
+        """Tokens and masks of all answers of an example, two or more."""
         with self._one_at_a_time:
-            if isinstance(example, ChatExample):
-                return self._render_chat(example)
-            if isinstance(example, PlainExample):
-                return self._render_plain(example)
-            return self._render_text(example)
+            match example:
+                case ChatExample():
+                    turns = {"chosen": example.chosen, "rejected": example.rejected}
+                    return self._render_turns(example.prompt, turns, example.tools)
+                case PlainExample():
+                    texts = {"chosen": example.chosen, "rejected": example.rejected}
+                    return self._render_continuations(example.prompt, texts)
+                case TextExample():
+                    return self._render_texts(example)
+                case RankedExample():
+                    return replace(
+                        self._render_ranked(example), preferences=example.preferences, ties=example.ties
+                    )
 
     @cached_property
     def identity(self) -> str:
@@ -123,36 +166,44 @@ class Renderer:
         with self._one_at_a_time:
             return str(self.tokenizer.decode(list(said)))
 
-    def _render_chat(self, example: ChatExample) -> RenderedPair:
-        opening = self._template.frame.opening
-        self._template.refuse_what_is_left_out(example)
-        prompt = self._template.ids(example.prompt, example.tools, header=True)
-        chosen = self._score_turns("chosen", example, prompt)
-        rejected = self._score_turns("rejected", example, prompt)
-        opened = prompt + opening
-        shared = opened if all(starts_with(side.tokens, opened) for side in (chosen, rejected)) else prompt
-        return RenderedPair(len(shared), chosen.tokens, rejected.tokens, chosen.mask, rejected.mask)
+    def _render_ranked(self, example: RankedExample) -> RenderedAnswers:
+        named = {f"answer {place}": answer for place, answer in enumerate(example.answers, start=1)}
+        if isinstance(example.prompt, str):
+            texts = {name: answer for name, answer in named.items() if isinstance(answer, str)}
+            return self._render_continuations(example.prompt, texts)
+        turns = {name: answer for name, answer in named.items() if not isinstance(answer, str)}
+        return self._render_turns(example.prompt, turns, example.tools)
 
-    def _score_turns(self, name: SideName, example: ChatExample, prompt: Tokens) -> _Scored:
+    def _render_turns(
+        self, prompt: Messages, answers: Mapping[str, Messages], tools: Tools
+    ) -> RenderedAnswers:
+        """Answers that are turns after one conversation."""
+        opening = self._template.frame.opening
+        for name, answer in answers.items():
+            self._template.refuse_what_is_left_out(name, prompt, answer, tools)
+        asked = self._template.ids(prompt, tools, header=True)
+        sides = {name: self._score_turns(name, prompt, answer, tools) for name, answer in answers.items()}
+        opened = asked + opening
+        shared = opened if all(starts_with(side.tokens, opened) for side in sides.values()) else asked
+        return RenderedAnswers(len(shared), sides)
+
+    def _score_turns(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> RenderedSide:
         """Find every assistant turn of a response in the tokens of the whole conversation."""
-        response = example.chosen if name == "chosen" else example.rejected
-        whole = self._template.ids(example.prompt + response, example.tools, header=False)
+        whole = self._template.ids(prompt + response, tools, header=False)
         mask = np.zeros(len(whole), dtype=np.float32)
         end = 0
         for index, message in enumerate(response):
             if message["role"] != "assistant":
                 continue
             self._refuse_end_of_turn_inside(name, message)
-            before = prompt
-            if index > 0:
-                before = self._template.ids(example.prompt + response[:index], example.tools, header=True)
+            before = self._template.ids(prompt + response[:index], tools, header=True)
             start, end = self._turn(name, before, whole)
             mask[start:end] = 1.0
             if index < len(response) - 1:
-                self._refuse_rewritten_turn(name, example, response[: index + 1], whole[start:end])
-        return _Scored(whole[:end], mask[:end])
+                self._refuse_rewritten_turn(name, prompt + response[: index + 1], tools, whole[start:end])
+        return RenderedSide(whole[:end], mask[:end])
 
-    def _turn(self, name: SideName, before: Tokens, whole: Tokens) -> tuple[int, int]:
+    def _turn(self, name: str, before: Tokens, whole: Tokens) -> tuple[int, int]:
         """From the first token that the model writes after `before`, to just behind the end of its turn."""
         if not starts_with(whole, before):
             raise RenderError(
@@ -171,25 +222,23 @@ class Renderer:
             text = self.tokenizer.convert_ids_to_tokens(frame.end_of_turn)
             raise RenderError(name, f"the chat template does not end this response with {text}") from None
 
-    def _refuse_end_of_turn_inside(self, name: SideName, message: Message) -> None:
+    def _refuse_end_of_turn_inside(self, name: str, message: Message) -> None:
         text = str(self.tokenizer.convert_ids_to_tokens(self._template.frame.end_of_turn))
         if text in json.dumps(message, ensure_ascii=False):
             raise RenderError(
                 name, f"the response contains {text}, which ends a turn; remove it from the text"
             )
 
-    def _refuse_rewritten_turn(
-        self, name: SideName, example: ChatExample, response: Messages, later: Tokens
-    ) -> None:
-        """A turn must read as it did when the model wrote it; some templates drop its reasoning later."""
-        before = self._template.ids(example.prompt + response[:-1], example.tools, header=True)
-        alone = self._template.ids(example.prompt + response, example.tools, header=False)
+    def _refuse_rewritten_turn(self, name: str, turns: Messages, tools: Tools, later: Tokens) -> None:
+        """The last of these must read as it did when the model wrote it; some templates drop its reasoning later."""
+        before = self._template.ids(turns[:-1], tools, header=True)
+        alone = self._template.ids(turns, tools, header=False)
         start, end = self._turn(name, before, alone)
         if alone[start:end] != later:
             raise RenderError(
                 name,
-                f"the chat template rewrites turn {len(response) - 1} once others follow, "
-                f"{self._difference(alone[start:end], later)}: make a pair of each turn",
+                f"the chat template rewrites turn {len(turns) - 1} once others follow, "
+                f"{self._difference(alone[start:end], later)}: make a row of each turn",
             )
 
     def _difference(self, one: Tokens, other: Tokens) -> str:
@@ -198,13 +247,13 @@ class Renderer:
         here, there = (shown_text(self.tokenizer, tokens[around]) for tokens in (one, other))
         return f"from token {at} on {here} against {there}"
 
-    def _render_plain(self, example: PlainExample) -> RenderedPair:
-        prompt = self._opened(example.prompt)
-        chosen = prompt + self._continued("chosen", example.prompt, example.chosen)
-        rejected = prompt + self._continued("rejected", example.prompt, example.rejected)
-        return _after_shared_prompt(len(prompt), chosen, rejected)
+    def _render_continuations(self, prompt: str, texts: Mapping[str, str]) -> RenderedAnswers:
+        """Answers that are texts after one text."""
+        opened = self._opened(prompt)
+        sides = {name: opened + self._continued(name, prompt, text) for name, text in texts.items()}
+        return _scored_after(len(opened), sides)
 
-    def _continued(self, name: SideName, prompt: str, response: str) -> Tokens:
+    def _continued(self, name: str, prompt: str, response: str) -> Tokens:
         """The tokens of a response, made apart from those of its prompt: they must read as the texts do."""
         tokens = self._encode(self._without_tail(response))
         apart = self._encode(prompt) + tokens
@@ -217,7 +266,7 @@ class Renderer:
             )
         return self._closed(tokens)
 
-    def _render_text(self, example: TextExample) -> RenderedPair:
+    def _render_texts(self, example: TextExample) -> RenderedAnswers:
         texts = [self._without_tail(text) for text in (example.chosen, example.rejected)]
         chosen, rejected = (self._closed(self._opened(text)) for text in texts)
         prompt_len = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
@@ -226,7 +275,7 @@ class Renderer:
                 "chosen",
                 "the two texts differ from their first token on: no prompt stands before the response",
             )
-        return _after_shared_prompt(prompt_len, chosen, rejected)
+        return _scored_after(prompt_len, {"chosen": chosen, "rejected": rejected})
 
     def _opened(self, text: str) -> Tokens:
         """The tokens of a text that starts a sequence, after what the tokenizer puts first, exactly once."""
@@ -259,9 +308,10 @@ class Renderer:
         return encode(self.tokenizer, text)
 
 
-def _after_shared_prompt(prompt_len: int, chosen: Tokens, rejected: Tokens) -> RenderedPair:
-    """A pair in which everything after the prompt is scored."""
-    masks = [np.ones(len(tokens), dtype=np.float32) for tokens in (chosen, rejected)]
-    for mask in masks:
-        mask[:prompt_len] = 0.0
-    return RenderedPair(prompt_len, chosen, rejected, masks[0], masks[1])
+def _scored_after(prompt_len: int, sides: Mapping[str, Tokens]) -> RenderedAnswers:
+    """Answers of which everything after the prompt is scored."""
+    masks = {
+        name: (np.arange(len(tokens)) >= prompt_len).astype(np.float32) for name, tokens in sides.items()
+    }
+    scored = {name: RenderedSide(tokens, masks[name]) for name, tokens in sides.items()}
+    return RenderedAnswers(prompt_len, scored)

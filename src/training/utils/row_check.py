@@ -1,36 +1,80 @@
-"""One row at a time: whether it makes a pair, how long that is, or exactly why it makes none."""
+"""One row at a time: whether it can be used, how long it is, or exactly why it cannot."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from firesteel.sdk.types import IntArray
 from training.utils.jsonl import LocatedRow
-from training.utils.pairs import render_usable
-from training.utils.preference_data import FormatTally, read_row
 from training.utils.preference_examples import ExampleError
-from training.utils.rendering import RenderedPair, Renderer
+from training.utils.rendering import Renderer
+from training.utils.row_forms import FormatTally
+from training.utils.row_outcomes import Rendering, RowOutcome
 
-# What is kept of a row that makes a pair: 32 bytes.
-ROW = np.dtype(
-    [
-        ("offset", "<u8"),  # where it starts in the file
-        ("prompt", "<u8"),  # hash of the prompt's tokens: equal prompts are held out together
-        ("line", "<u4"),
-        ("prompt_len", "<u4"),  # tokens
-        ("chosen", "<u4"),  # tokens of the whole side
-        ("rejected", "<u4"),
-    ]
-)
+T_co = TypeVar("T_co", covariant=True)
+
+# What is kept of every usable row; a kind of row adds lengths of its own.
+PLACE = [
+    ("offset", "<u8"),  # where it starts in the file
+    ("prompt", "<u8"),  # hash of the prompt's tokens: equal prompts are held out together
+    ("line", "<u4"),
+    ("prompt_len", "<u4"),  # tokens
+]
 RowArray = np.ndarray[tuple[int], np.dtype[np.void]]
+
+
+class RenderedRow(Protocol[T_co]):
+    """A row that can be used, if it is not too long."""
+
+    @property
+    def form(self) -> str:
+        """Which of the accepted forms it has."""
+
+    @property
+    def record(self) -> tuple[int, ...]:
+        """What is kept of it, see `RowKind.record_type`."""
+
+    def items(self, rules: Rendering) -> Sequence[T_co]:
+        """What it makes; it is not longer than the rules allow, or they shorten it."""
+
+    def outcome(self, rules: Rendering) -> RowOutcome:
+        """What becomes of it if it is longer than the rules allow, and they shorten."""
+
+
+class RowKind(Protocol[T_co]):
+    """What the rows of a file are to a recipe: preferences, or conversations."""
+
+    name: str
+    item: str
+    """What a row makes, for people."""
+    shapes: Sequence[str]
+    """The forms that a row may have, for people."""
+    record_type: np.dtype[np.void]
+    """What is kept of a usable row: `PLACE`, and more."""
+    code: Sequence[str]
+    """Modules, beside those that all kinds use, on which it depends what a row becomes."""
+
+    def render(self, row: LocatedRow, renderer: Renderer) -> RenderedRow[T_co]:
+        """The row as tokens. Raises ExampleError."""
+
+    def lengths(self, record: np.void) -> dict[str, int]:
+        """Tokens of the row's longest sequences, by name."""
+
+    def longest(self, records: RowArray) -> IntArray:
+        """Tokens of the longest sequence of each row."""
+
+    def made(self, records: RowArray) -> str:
+        """What rows make, in words: `551 pairs`."""
 
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row that makes no pair, whatever the limits."""
+    """A row that cannot be used, whatever the limits."""
 
     line: int
     field: str
@@ -46,26 +90,20 @@ class CheckedRows:
     formats: FormatTally = field(default_factory=FormatTally)
 
 
-def check_rows(rows: Sequence[LocatedRow], renderer: Renderer) -> CheckedRows:
+def check_rows(rows: Sequence[LocatedRow], renderer: Renderer, kind: RowKind[Any]) -> CheckedRows:
     """Read and render each row once. Raises ModelError where the tokenizer lacks what rows need."""
     usable, refused, formats = [], [], FormatTally()
     for row in rows:
         try:
-            name, example = read_row(row.raw, row.line)
-            formats.add(name, row.line)
-            usable.append(_kept(row, render_usable(renderer, example)))
+            rendered = kind.render(row, renderer)
+            formats.add(rendered.form, row.line)
+            usable.append(rendered.record)
         except ExampleError as error:
             refused.append(RefusedRow(row.line, error.field, error.reason))
-    return CheckedRows(np.array(usable, dtype=ROW), refused, formats)
+    return CheckedRows(np.array(usable, dtype=kind.record_type), refused, formats)
 
 
 def prompt_key(tokens: Sequence[int]) -> int:
     """64 bits of a prompt."""
     content = np.asarray(tokens, dtype="<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def _kept(row: LocatedRow, rendered: RenderedPair) -> tuple[int, ...]:
-    prompt = rendered.chosen_tokens[: rendered.prompt_len]
-    sides = len(rendered.chosen_tokens), len(rendered.rejected_tokens)
-    return (row.offset, prompt_key(prompt), row.line, rendered.prompt_len, *sides)

@@ -1,8 +1,8 @@
 """Where each usable row of a file stands and how long it is: made in one pass, kept for later runs.
 
     $FIRESTEEL_HOME/row_indexes/KEY/
-        rows.npy        32 bytes for each row that makes a pair (`row_check.ROW`)
-        refused.jsonl   line, field and reason of each that makes none
+        rows.npy        some bytes for each usable row (`RowKind.record_type`)
+        refused.jsonl   line, field and reason of each other one
         index.json      counts, and the hashes of the other two: written last
 
 KEY is a hash of all that decides the content: the file's bytes, tokenizer and chat template, and the code that
@@ -26,6 +26,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -33,23 +34,21 @@ from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sealed import sync
 from firesteel.store import home
 from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
-from training.utils.preference_data import (
-    ERRORS_SHOWN,
-    FormatTally,
-    OnBadRow,
-    refuse_nothing_left,
-    refuse_rows,
-)
 from training.utils.rendering import Renderer
-from training.utils.row_check import ROW, CheckedRows, RefusedRow, RowArray, check_rows
+from training.utils.row_check import CheckedRows, RefusedRow, RowArray, RowKind, check_rows
+from training.utils.row_forms import ERRORS_SHOWN, FormatTally, refuse_nothing_left, refuse_rows
+from training.utils.row_outcomes import OnBadRow
 from training.utils.row_workers import RowWorkers
+
+T = TypeVar("T")
 
 # What a worker is sent at once; a few of these are in memory at any time.
 CHUNK_ROWS, CHUNK_BYTES = 512, 2**20
 # Starting a worker takes seconds: smaller files are read here.
 BYTES_WORTH_WORKERS = 8_000_000
-_CODE = ("jsonl", "row_values", "conversations", "plain_texts", "preference_examples", "preference_data")
-_RENDERING = ("tokenizer", "chat_template", "rendering", "pairs", "row_check")
+# What all kinds of rows depend on; see `RowKind.code`.
+_CODE = ("jsonl", "row_values", "row_forms", "conversations", "preference_examples", "row_check")
+_RENDERING = ("tokenizer", "chat_template", "rendering")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _STALE_SECONDS = 24 * 3600
 
@@ -71,11 +70,12 @@ class IndexHeader:
 
 
 @dataclass(frozen=True, eq=False)
-class RowIndex:
+class RowIndex(Generic[T]):
     """A file whose rows are known, of one format, at least one of them usable."""
 
     path: str
     sha256: str
+    kind: RowKind[T]
     format: str
     rows: RowArray
     """Mapped from the file, not read into memory."""
@@ -90,16 +90,17 @@ class RowIndex:
         return len(self.rows) + self.refused_count
 
     def refused(self) -> Iterator[RefusedRow]:
-        """Each row that makes no pair, in order."""
+        """Each row that cannot be used, in order."""
         return _refused(self.folder)
 
 
 def index_rows(
     path: str,
     renderer: Renderer,
+    kind: RowKind[T],
     on_bad_row: OnBadRow = "fail",
     progress: Progress = lambda rows, offset: None,
-) -> RowIndex:
+) -> RowIndex[T]:
     """The index of a file, from an earlier run or made now.
 
     Bad rows are left out and listed (`"skip"`), or refused all at once (`"fail"`). Either way raises DataError for
@@ -108,8 +109,8 @@ def index_rows(
     if on_bad_row not in ("fail", "skip"):
         raise ConfigError(f"on_bad_row: {on_bad_row!r} is neither 'fail' nor 'skip'")
     sha256, state = hash_of_file(path)
-    folder = home() / "row_indexes" / _key(sha256, renderer)
-    header = _read(folder) or _make(path, sha256, renderer, folder, progress)
+    folder = home() / "row_indexes" / _key(sha256, renderer, kind)
+    header = _read(folder) or _make(_File(path, sha256), _Check(renderer, kind), folder, progress)
     first = [
         RowError(path, row.line, row.field, row.reason) for row in islice(_refused(folder), ERRORS_SHOWN)
     ]
@@ -117,9 +118,9 @@ def index_rows(
     if on_bad_row == "fail":
         refuse_rows(path, first, header.refused)
     if not header.usable:
-        refuse_nothing_left(path, first, header.refused)
+        refuse_nothing_left(path, first, header.refused, kind.shapes)
     rows = np.load(folder / "rows.npy", mmap_mode="r")
-    return RowIndex(path, sha256, form, rows, header.refused, folder, state)
+    return RowIndex(path, sha256, kind, form, rows, header.refused, folder, state)
 
 
 def _refused(folder: Path) -> Iterator[RefusedRow]:
@@ -128,10 +129,11 @@ def _refused(folder: Path) -> Iterator[RefusedRow]:
             yield RefusedRow(**json.loads(line))
 
 
-def _key(sha256: str, renderer: Renderer) -> str:
-    digest = hashlib.sha256(f"{sha256} {renderer.identity} {ROW.descr}".encode())
+def _key(sha256: str, renderer: Renderer, kind: RowKind[Any]) -> str:
+    told = f"{sha256} {renderer.identity} {kind.name} {kind.record_type.descr}"
+    digest = hashlib.sha256(told.encode())
     package = __name__.rpartition(".")[0]
-    for name in (*_CODE, *_RENDERING):
+    for name in (*_CODE, *_RENDERING, *kind.code):
         digest.update(inspect.getsource(sys.modules[f"{package}.{name}"]).encode())
     for name in _PACKAGES:
         digest.update(importlib.metadata.version(name).encode())
@@ -149,16 +151,32 @@ def _read(folder: Path) -> IndexHeader | None:
     return header if found == [header.rows_sha256, header.refused_sha256] else None
 
 
-def _make(path: str, sha256: str, renderer: Renderer, folder: Path, progress: Progress) -> IndexHeader:
+@dataclass(frozen=True)
+class _File:
+    """A data file as it is to be read."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What rows are checked by."""
+
+    renderer: Renderer
+    kind: RowKind[Any]
+
+
+def _make(file: _File, check: _Check, folder: Path, progress: Progress) -> IndexHeader:
     """Written aside, synced, renamed: what is there is whole. Of two makers the first wins; both wrote the same."""
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        with _held(partial), closing(_checked(path, renderer, progress)) as checked:
+        with _held(partial), closing(_checked(file.path, check, progress)) as checked:
             _sweep(folder.parent)
-            header = _write(partial, checked, sha256)
-        if hash_of_file(path)[0] != sha256:
-            raise DataError(f"{path}: the file was changed while it was read; start again")
+            header = _write(partial, checked, file.sha256, check.kind)
+        if hash_of_file(file.path)[0] != file.sha256:
+            raise DataError(f"{file.path}: the file was changed while it was read; start again")
         _put(partial, folder)
     except OSError as error:
         raise ConfigError(
@@ -183,13 +201,13 @@ def _put(partial: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def _checked(path: str, renderer: Renderer, progress: Progress) -> Generator[CheckedRows]:
+def _checked(path: str, check: _Check, progress: Progress) -> Generator[CheckedRows]:
     count = min(os.cpu_count() or 1, 8)
-    if renderer.source is None or count == 1 or os.path.getsize(path) < BYTES_WORTH_WORKERS:
+    if check.renderer.source is None or count == 1 or os.path.getsize(path) < BYTES_WORTH_WORKERS:
         for chunk in _chunks(path, progress):
-            yield check_rows(chunk, renderer)
+            yield check_rows(chunk, check.renderer, check.kind)
         return
-    with closing(RowWorkers(renderer, count)) as workers:
+    with closing(RowWorkers(check.renderer, check.kind, count)) as workers:
         yield from workers.check(_chunks(path, progress))
 
 
@@ -205,7 +223,7 @@ def _chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
         yield chunk
 
 
-def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHeader:
+def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str, kind: RowKind[Any]) -> IndexHeader:
     formats, refused, usable = FormatTally(), 0, 0
     raw, listing = folder / "rows.raw", folder / "refused.jsonl"
     with raw.open("wb") as rows, listing.open("w", encoding="utf-8") as bad:
@@ -215,7 +233,8 @@ def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str) -> IndexHe
             formats.merge(part.formats)
             refused, usable = refused + len(part.refused), usable + len(part.usable)
     # As a map: a million rows need not pass through memory.
-    np.save(folder / "rows.npy", np.memmap(raw, dtype=ROW, mode="r") if usable else np.empty(0, ROW))
+    records = np.memmap(raw, dtype=kind.record_type, mode="r") if usable else np.empty(0, kind.record_type)
+    np.save(folder / "rows.npy", records)
     raw.unlink()
     hashes = [hash_of_file(str(folder / name))[0] for name in ("rows.npy", "refused.jsonl")]
     header = IndexHeader(sha256, usable, refused, formats, *hashes)

@@ -52,6 +52,19 @@ def same_json(one: object, other: object) -> bool:
     return one == other and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
+def outer_form(value: object) -> str:
+    """Which form of answer this is, by its outer type."""
+    if isinstance(value, dict) and "messages" in value and "text" in value:
+        return "an object with both messages and text"
+    if isinstance(value, dict) and "messages" in value:
+        return "an object with messages"
+    if isinstance(value, str) or (isinstance(value, dict) and "text" in value):
+        return "text"
+    if isinstance(value, dict):
+        return "an object without messages or text"
+    return "a list" if isinstance(value, list) else "null" if value is None else "no text"
+
+
 def shown(value: object) -> str:
     """A value for an error message: its kind, and so much of it as tells it from others."""
     if value is None or isinstance(value, bool):

@@ -24,22 +24,23 @@ import orjson
 
 from firesteel.sdk.errors import ModelError, OperationFailed
 from training.utils.jsonl import LocatedRow
-from training.utils.preference_data import FormatTally
 from training.utils.rendering import Renderer
-from training.utils.row_check import ROW, CheckedRows, RefusedRow, check_rows
+from training.utils.row_check import CheckedRows, RefusedRow, RowKind, check_rows
+from training.utils.row_forms import FormatTally
+from training.utils.row_kinds import KINDS
 
 
 class RowWorkers:
     """As many processes as asked for, each with the renderer's tokenizer loaded anew."""
 
-    def __init__(self, renderer: Renderer, count: int) -> None:
+    def __init__(self, renderer: Renderer, kind: RowKind[Any], count: int) -> None:
         assert renderer.source is not None
         self._threads = ThreadPoolExecutor(count, "row-workers")
         self._workers: list[_Worker] = []
         self._free: SimpleQueue[_Worker] = SimpleQueue()
         try:
             for _ in range(count):
-                self._workers.append(_Worker(renderer))
+                self._workers.append(_Worker(renderer, kind))
                 self._free.put(self._workers[-1])
         except OSError as error:
             self.close()
@@ -70,13 +71,14 @@ class RowWorkers:
 
 
 class _Worker:
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, kind: RowKind[Any]) -> None:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # the workers are the parallelism
             "OMP_NUM_THREADS": "1",
         }
         self._renderer = renderer
+        self._kind = kind
         # -P: with -m alone the current folder would come first, and a module of the user's with one of our names.
         command = [sys.executable, "-P", "-m", __name__]
         self._process = subprocess.Popen(
@@ -89,12 +91,12 @@ class _Worker:
         if not self._greeted:
             self._greeted = True
             ours = self._renderer
-            greeting = _Frame({"tokenizer": ours.source, "today": ours.today.isoformat()})
-            if self._ask(greeting).header["identity"] != ours.identity:
+            told = {"tokenizer": ours.source, "today": ours.today.isoformat(), "kind": self._kind.name}
+            if self._ask(_Frame(told)).header["identity"] != ours.identity:
                 raise OperationFailed(
                     f"{ours.source}: loaded again in a worker, the tokenizer is another one"
                 )
-        return _checked_of(self._ask(_rows_frame(chunk)))
+        return _checked_of(self._ask(_rows_frame(chunk)), self._kind)
 
     def kill(self) -> None:
         """End it."""
@@ -161,17 +163,32 @@ def _checked_frame(checked: CheckedRows) -> _Frame:
     return _Frame(header, checked.usable.tobytes())
 
 
-def _checked_of(frame: _Frame) -> CheckedRows:
+def _checked_of(frame: _Frame, kind: RowKind[Any]) -> CheckedRows:
     refused = [RefusedRow(**row) for row in frame.header["refused"]]
-    return CheckedRows(np.frombuffer(frame.body, ROW), refused, FormatTally(**frame.header["formats"]))
+    return CheckedRows(
+        np.frombuffer(frame.body, kind.record_type), refused, FormatTally(**frame.header["formats"])
+    )
 
 
-def _answer(question: _Frame, renderer: Renderer | None) -> tuple[_Frame, Renderer]:
-    if renderer is None:
-        today = date.fromisoformat(question.header["today"])
-        renderer = Renderer.load(question.header["tokenizer"], today)
-        return _Frame({"identity": renderer.identity}), renderer
-    return _checked_frame(check_rows(_rows_of(question), renderer)), renderer
+@dataclass(frozen=True)
+class _Task:
+    """What a worker was told when it was greeted."""
+
+    renderer: Renderer
+    kind: RowKind[Any]
+
+    @classmethod
+    def of(cls, greeting: _Frame) -> _Task:
+        told = greeting.header
+        renderer = Renderer.load(told["tokenizer"], date.fromisoformat(told["today"]))
+        return cls(renderer, KINDS[told["kind"]])
+
+
+def _answer(question: _Frame, task: _Task | None) -> tuple[_Frame, _Task]:
+    if task is None:
+        task = _Task.of(question)
+        return _Frame({"identity": task.renderer.identity}), task
+    return _checked_frame(check_rows(_rows_of(question), task.renderer, task.kind)), task
 
 
 def _work() -> None:
@@ -180,7 +197,7 @@ def _work() -> None:
     outgoing = os.fdopen(os.dup(1), "wb")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the parent too, which ends its workers
     os.dup2(2, 1)  # whatever a library prints does not get between the answers
-    renderer: Renderer | None = None
+    task: _Task | None = None
     with incoming, outgoing:
         while True:
             try:
@@ -188,7 +205,7 @@ def _work() -> None:
             except EOFError:
                 return
             try:
-                answer, renderer = _answer(question, renderer)
+                answer, task = _answer(question, task)
             except ModelError as error:
                 answer = _Frame({"model_error": str(error)})
             answer.send(outgoing)

@@ -27,12 +27,13 @@ from firesteel import store
 from firesteel.catalog import load_catalog
 from firesteel.sdk.errors import ConfigError, DataError, ModelError, OperationFailed, RowError
 from training.utils import row_index
-from training.utils.pair_sets import PairSet, SelectedPairs, select_pairs
-from training.utils.pairs import PreferencePair, RenderedPairs, Rendering, render_pairs
+from training.utils.pairs import PreferencePair, RenderedPairs, render_pairs
 from training.utils.preference_data import read_preferences
+from training.utils.preference_rows import PREFERENCES
 from training.utils.rendering import Renderer
-from training.utils.row_check import ROW
 from training.utils.row_index import index_rows
+from training.utils.row_outcomes import Rendering
+from training.utils.row_sets import RowSet, SelectedRows, select_rows
 from training.utils.row_workers import RowWorkers
 
 
@@ -71,7 +72,7 @@ def same(one: PreferencePair, other: PreferencePair) -> bool:
     )
 
 
-def all_of(pairs: PairSet) -> list[PreferencePair]:
+def all_of(pairs: RowSet[PreferencePair]) -> list[PreferencePair]:
     return pairs.take(range(len(pairs)))
 
 
@@ -95,8 +96,8 @@ def test_pairs_outcomes_and_summary_are_those_of_reading_all_into_memory(
     def in_memory() -> RenderedPairs:
         return render_pairs(read_preferences(path, "skip"), renderer, rules, most)
 
-    def indexed() -> SelectedPairs:
-        return select_pairs(index_rows(path, renderer, "skip"), renderer, rules, most)
+    def indexed() -> SelectedRows[PreferencePair]:
+        return select_rows(index_rows(path, renderer, PREFERENCES, "skip"), renderer, rules, most)
 
     try:
         expected = in_memory()
@@ -105,8 +106,8 @@ def test_pairs_outcomes_and_summary_are_those_of_reading_all_into_memory(
             indexed()
         return
     with closing(indexed()) as found:
-        assert len(found.pairs) == len(expected.pairs)
-        assert all(same(one, other) for one, other in zip(all_of(found.pairs), expected.pairs, strict=True))
+        assert len(found.rows) == len(expected.pairs)
+        assert all(same(one, other) for one, other in zip(all_of(found.rows), expected.pairs, strict=True))
         if most is None:
             assert tuple(found.outcomes()) == expected.dropped
             assert found.summary == expected.summary
@@ -119,34 +120,34 @@ def test_errors_of_reading_and_of_rendering_are_told_together(tmp_path: Path, re
     with pytest.raises(
         DataError, match=r"3 rows cannot be used:\n.*:2: rejected.*\n.*:3: row.*\n.*:4: rejected"
     ):
-        index_rows(path, renderer)
+        index_rows(path, renderer, PREFERENCES)
     with pytest.raises(RowError, match=r"pairs\.jsonl:2: rejected: the response contains"):
-        index_rows(write(tmp_path, row("a", "b"), row("a", "<|im_end|>")), renderer)
+        index_rows(write(tmp_path, row("a", "b"), row("a", "<|im_end|>")), renderer, PREFERENCES)
 
 
 def test_a_known_file_is_not_rendered_again_and_its_bad_rows_are_known_all_the_same(
     tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, row("a", "b"), "no json")
-    first = index_rows(path, renderer, "skip")
+    first = index_rows(path, renderer, PREFERENCES, "skip")
 
     def fail(*arguments: object) -> None:
         raise AssertionError("read again")
 
     monkeypatch.setattr(row_index, "check_rows", fail)
-    again = index_rows(path, renderer, "skip")
+    again = index_rows(path, renderer, PREFERENCES, "skip")
     assert (again.rows == first.rows).all()
     assert list(again.refused()) == list(first.refused())
     with pytest.raises(RowError, match=r"pairs\.jsonl:2: row: not valid JSON"):
-        index_rows(path, renderer, "fail")
+        index_rows(path, renderer, PREFERENCES, "fail")
 
 
 def test_another_file_or_template_is_read_anew(tmp_path: Path, renderer: Renderer, home: Path) -> None:
     indexes = [
-        index_rows(write(tmp_path, row("a", "b")), renderer),
-        index_rows(write(tmp_path, row("a", "c")), renderer),
-        index_rows(write(tmp_path, row("a", "b")), Renderer(byte_tokenizer(QWEN_3))),
-        index_rows(write(tmp_path, row("a", "b"), name="copy.jsonl"), renderer),
+        index_rows(write(tmp_path, row("a", "b")), renderer, PREFERENCES),
+        index_rows(write(tmp_path, row("a", "c")), renderer, PREFERENCES),
+        index_rows(write(tmp_path, row("a", "b")), Renderer(byte_tokenizer(QWEN_3)), PREFERENCES),
+        index_rows(write(tmp_path, row("a", "b"), name="copy.jsonl"), renderer, PREFERENCES),
     ]
     folders = [index.folder for index in indexes]
     assert len(set(folders[:3])) == 3
@@ -157,19 +158,19 @@ def test_another_file_or_template_is_read_anew(tmp_path: Path, renderer: Rendere
 @pytest.mark.parametrize("name", ["rows.npy", "refused.jsonl", "index.json"])
 def test_a_damaged_index_is_made_again(tmp_path: Path, renderer: Renderer, name: str) -> None:
     path = write(tmp_path, row("a", "b"), row("c", "d"), "no json")
-    index = index_rows(path, renderer, "skip")
+    index = index_rows(path, renderer, PREFERENCES, "skip")
     expected = np.array(index.rows)
     damaged = bytearray((index.folder / name).read_bytes())
     damaged[-3] ^= 1
     (index.folder / name).write_bytes(damaged)
-    again = index_rows(path, renderer, "skip")
+    again = index_rows(path, renderer, PREFERENCES, "skip")
     assert (again.rows == expected).all()
     assert [bad.line for bad in again.refused()] == [3]
     assert not list(index.folder.parent.glob(".partial-*"))
 
 
-def test_a_row_takes_32_bytes() -> None:
-    assert ROW.itemsize == 32
+def test_a_row_takes_36_bytes() -> None:
+    assert PREFERENCES.record_type.itemsize == 36
 
 
 def test_a_gzipped_file_is_read_by_place_like_a_plain_one(tmp_path: Path, renderer: Renderer) -> None:
@@ -177,8 +178,8 @@ def test_a_gzipped_file_is_read_by_place_like_a_plain_one(tmp_path: Path, render
     packed = tmp_path / "pairs.jsonl.gz"
     packed.write_bytes(gzip.compress(Path(path).read_bytes()))
     for name in (path, str(packed)):
-        with closing(select_pairs(index_rows(name, renderer), renderer, Rendering())) as selected:
-            taken = selected.pairs.take([1, 0])
+        with closing(select_rows(index_rows(name, renderer, PREFERENCES), renderer, Rendering())) as selected:
+            taken = selected.rows.take([1, 0])
             assert [pair.line for pair in taken] == [3, 1]
 
 
@@ -186,15 +187,15 @@ def test_a_file_that_is_replaced_is_still_read_as_it_was_and_a_changed_one_is_re
     tmp_path: Path, renderer: Renderer
 ) -> None:
     path = write(tmp_path, row("a", "b"), row("c", "d"))
-    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
-        before = all_of(selected.pairs)
+    with closing(select_rows(index_rows(path, renderer, PREFERENCES), renderer, Rendering())) as selected:
+        before = all_of(selected.rows)
         Path(write(tmp_path, row("x", "y"), name="other.jsonl")).rename(path)
-        assert all(same(a, b) for a, b in zip(before, all_of(selected.pairs), strict=True))
-    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
+        assert all(same(a, b) for a, b in zip(before, all_of(selected.rows), strict=True))
+    with closing(select_rows(index_rows(path, renderer, PREFERENCES), renderer, Rendering())) as selected:
         with open(path, "a") as file:
             file.write(json.dumps(row("e", "f")) + "\n")
         with pytest.raises(DataError, match="was changed since its rows were checked"):
-            selected.pairs.take([0])
+            selected.rows.take([0])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzipped"])
@@ -208,10 +209,10 @@ def test_a_file_that_is_replaced_between_check_and_training_is_refused(
     if packed:
         for path in map(Path, paths):
             path.write_bytes(gzip.compress(path.read_bytes()))
-    index = index_rows(paths[0], renderer)
+    index = index_rows(paths[0], renderer, PREFERENCES)
     Path(paths[1]).rename(paths[0])  # rows of the same lengths, at the same places
     with pytest.raises(DataError, match="was changed since its rows were checked"):
-        select_pairs(index, renderer, Rendering())
+        select_rows(index, renderer, Rendering())
 
 
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + str(byte_tokenizer().chat_template)
@@ -224,9 +225,9 @@ def test_a_template_that_prints_the_date_prints_that_of_the_start_all_along(tmp_
     indexes, texts = [], []
     for today in days:
         renderer = Renderer(tokenizer, today=today)
-        indexes.append(index_rows(path, renderer))
-        with closing(select_pairs(indexes[-1], renderer, Rendering())) as selected:
-            texts.append(tokenizer.decode(selected.pairs.take([0])[0].chosen.model_input.to_ints()))
+        indexes.append(index_rows(path, renderer, PREFERENCES))
+        with closing(select_rows(indexes[-1], renderer, Rendering())) as selected:
+            texts.append(tokenizer.decode(selected.rows.take([0])[0].chosen.model_input.to_ints()))
     assert texts[0].startswith("09 May 2026")
     assert texts[1].startswith("10 November 2026")
     assert indexes[0].folder != indexes[1].folder
@@ -237,13 +238,13 @@ def test_a_template_that_prints_the_date_prints_that_of_the_start_all_along(tmp_
 
 def test_batches_come_in_order_rendered_by_another_thread(tmp_path: Path, renderer: Renderer) -> None:
     path = write(tmp_path, *(row("a" * (1 + i), "b") for i in range(40)))
-    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
+    with closing(select_rows(index_rows(path, renderer, PREFERENCES), renderer, Rendering())) as selected:
         batches = [tuple(np.random.default_rng(i).permutation(40)[:3].tolist()) for i in range(12)]
         threads = set()
         render = renderer.render
         renderer.render = lambda example: (threads.add(threading.current_thread()), render(example))[1]  # type: ignore[method-assign]
-        taken = list(selected.pairs.taken_ahead(batches))
-    assert [[pair.line - 1 for pair in batch.pairs] for batch in taken] == [list(batch) for batch in batches]
+        taken = list(selected.rows.taken_ahead(batches))
+    assert [[pair.line - 1 for pair in batch.items] for batch in taken] == [list(batch) for batch in batches]
     assert threads.isdisjoint({threading.current_thread()})
     assert all(batch.waited >= 0 for batch in taken)
 
@@ -251,17 +252,17 @@ def test_batches_come_in_order_rendered_by_another_thread(tmp_path: Path, render
 def test_two_threads_may_take_pairs_of_one_file(tmp_path: Path, renderer: Renderer) -> None:
     """Rows to train on are rendered ahead while held-out ones of the same file are evaluated."""
     path = write(tmp_path, *(row("a" * (1 + i % 60), "b", f"Q{i}") for i in range(300)))
-    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
+    with closing(select_rows(index_rows(path, renderer, PREFERENCES), renderer, Rendering())) as selected:
         numbers = [np.random.default_rng(seed).permutation(300).tolist() for seed in range(4)]
         with ThreadPoolExecutor(4) as threads:
-            taken = list(threads.map(selected.pairs.take, numbers))
+            taken = list(threads.map(selected.rows.take, numbers))
     assert [[pair.line - 1 for pair in pairs] for pairs in taken] == numbers
 
 
 def test_a_loop_that_stops_early_leaves_no_thread(tmp_path: Path, renderer: Renderer) -> None:
     path = write(tmp_path, *(row("a" * (1 + i), "b") for i in range(20)))
-    with closing(select_pairs(index_rows(path, renderer), renderer, Rendering())) as selected:
-        taking = selected.pairs.taken_ahead([(i,) for i in range(20)])
+    with closing(select_rows(index_rows(path, renderer, PREFERENCES), renderer, Rendering())) as selected:
+        taking = selected.rows.taken_ahead([(i,) for i in range(20)])
         next(taking)
         taking.close()  # type: ignore[attr-defined]
     assert not [t for t in threading.enumerate() if t.name.startswith("rows")]
@@ -289,10 +290,14 @@ def test_workers_give_the_same_index(tmp_path: Path, catalogued: Renderer, home:
     said: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_index, "check_rows", None)  # this process checks nothing itself
-        by_workers = index_rows(path, catalogued, "skip", lambda rows, offset: said.append((rows, offset)))
+        by_workers = index_rows(
+            path, catalogued, PREFERENCES, "skip", lambda rows, offset: said.append((rows, offset))
+        )
     assert said[-1][0] == 39
     home.rename(home.with_name("elsewhere"))
-    alone = index_rows(path, Renderer(catalogued.tokenizer), "skip")  # without a source: in this process
+    alone = index_rows(
+        path, Renderer(catalogued.tokenizer), PREFERENCES, "skip"
+    )  # without a source: in this process
     content = np.load(home.with_name("elsewhere") / "row_indexes" / by_workers.folder.name / "rows.npy")
     assert (content == alone.rows).all()
     assert by_workers.refused_count == alone.refused_count == 6
@@ -307,12 +312,12 @@ def test_what_a_tokenizer_lacks_is_said_by_workers_too(tmp_path: Path) -> None:
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no chat template"):
-        index_rows(write(tmp_path, row("a", "b")), Renderer.load(str(folder)))
+        index_rows(write(tmp_path, row("a", "b")), Renderer.load(str(folder)), PREFERENCES)
 
 
 def test_a_worker_that_dies_ends_the_reading_and_says_so(tmp_path: Path, catalogued: Renderer) -> None:
     chunks = list(row_index._chunks(write(tmp_path, row("a", "b")), lambda rows, offset: None))
-    with closing(RowWorkers(catalogued, 1)) as workers:
+    with closing(RowWorkers(catalogued, PREFERENCES, 1)) as workers:
         assert len(next(workers.check(chunks)).usable) == 1
         workers._workers[0]._process.send_signal(signal.SIGKILL)
         with pytest.raises(OperationFailed, match="exit code -9"):
@@ -322,8 +327,9 @@ def test_a_worker_that_dies_ends_the_reading_and_says_so(tmp_path: Path, catalog
 def test_a_killed_reading_leaves_nothing_that_is_taken_for_an_index(tmp_path: Path, home: Path) -> None:
     path = write(tmp_path, *(row("a" * (1 + i % 50), "b", f"Q{i}") for i in range(4000)))
     script = (
-        "from training.utils.rendering import Renderer; from training.utils.row_index import index_rows\n"
-        f"print('ready', flush=True); index_rows({path!r}, Renderer.load('tiny-llama'))"
+        "from training.utils.rendering import Renderer; from training.utils.preference_rows import PREFERENCES\n"
+        "from training.utils.row_index import index_rows\n"
+        f"print('ready', flush=True); index_rows({path!r}, Renderer.load('tiny-llama'), PREFERENCES)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -334,17 +340,18 @@ def test_a_killed_reading_leaves_nothing_that_is_taken_for_an_index(tmp_path: Pa
     process.kill()
     process.communicate()
     assert not [p for p in (home / "row_indexes").iterdir() if not p.name.startswith(".")]
-    assert len(index_rows(path, Renderer.load("tiny-llama")).rows) == 4000
+    assert len(index_rows(path, Renderer.load("tiny-llama"), PREFERENCES).rows) == 4000
 
 
 def test_two_processes_that_index_one_file_at_once_both_have_the_index(tmp_path: Path, home: Path) -> None:
     path = write(tmp_path, *(row("a" * (1 + i % 50), "b", f"Q{i}") for i in range(500)))
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from training.utils.rendering import Renderer; from training.utils.row_index import index_rows\n"
+        "from training.utils.rendering import Renderer; from training.utils.preference_rows import PREFERENCES\n"
+        "from training.utils.row_index import index_rows\n"
         "renderer = Renderer.load('tiny-llama'); renderer.identity; print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
-        f"print(len(index_rows({path!r}, renderer).rows))"
+        f"print(len(index_rows({path!r}, renderer, PREFERENCES).rows))"
     )
     processes = [
         subprocess.Popen(
@@ -366,7 +373,7 @@ def test_a_users_module_with_one_of_our_names_is_not_taken_by_a_worker(
 ) -> None:
     (tmp_path / "training.py").write_text("raise SystemExit('the user's own')")
     monkeypatch.chdir(tmp_path)
-    assert len(index_rows(write(tmp_path, row("a", "b")), catalogued).rows) == 1
+    assert len(index_rows(write(tmp_path, row("a", "b")), catalogued, PREFERENCES).rows) == 1
 
 
 def test_scripts_without_a_main_guard_may_use_workers(tmp_path: Path) -> None:
@@ -375,8 +382,9 @@ def test_scripts_without_a_main_guard_may_use_workers(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from training.utils import row_index\nfrom training.utils.rendering import Renderer\n"
+        "from training.utils.preference_rows import PREFERENCES\n"
         "row_index.BYTES_WORTH_WORKERS, row_index.CHUNK_ROWS = 0, 2\n"
-        f"print(len(row_index.index_rows({path!r}, Renderer.load('tiny-llama')).rows))\n"
+        f"print(len(row_index.index_rows({path!r}, Renderer.load('tiny-llama'), PREFERENCES).rows))\n"
     )
     ran = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=100
@@ -386,10 +394,10 @@ def test_scripts_without_a_main_guard_may_use_workers(tmp_path: Path) -> None:
 
 def test_an_unknown_policy_for_bad_rows_is_refused(tmp_path: Path, renderer: Renderer) -> None:
     with pytest.raises(ConfigError, match="on_bad_row: 'ignore'"):
-        index_rows(write(tmp_path, row("a", "b")), renderer, "ignore")  # type: ignore[arg-type]
+        index_rows(write(tmp_path, row("a", "b")), renderer, PREFERENCES, "ignore")  # type: ignore[arg-type]
 
 
 def test_a_home_that_cannot_be_written_to_is_named(tmp_path: Path, renderer: Renderer, home: Path) -> None:
     home.write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match="set FIRESTEEL_HOME"):
-        index_rows(write(tmp_path, row("a", "b")), renderer)
+        index_rows(write(tmp_path, row("a", "b")), renderer, PREFERENCES)
