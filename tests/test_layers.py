@@ -239,6 +239,7 @@ def test_the_client_side_and_the_two_small_rooms_import_no_model_library_at_the_
         "training.utils",
         "training.recipes.dpo_loop",
         "training.recipes.orpo_loop",
+        "training.recipes.sft_loop",
     ],
 )
 def test_importing_the_client_side_loads_no_model_library(module: str) -> None:

@@ -21,9 +21,9 @@ from firesteel import store
 from firesteel.catalog import load_catalog
 from firesteel.sdk import CheckpointError, ConfigError, NonFiniteError
 from training.recipes.dpo_loop import Config, main
-from training.utils import preference_run, rendering
+from training.utils import pair_learner, rendering, training_run
 from training.utils.checkpoints import Listed, Retention, listed_in
-from training.utils.preference_settings import MAY_CHANGE_WHEN_GOING_ON
+from training.utils.training_settings import MAY_CHANGE_WHEN_GOING_ON
 
 EVERYTHING_ON = {
     "epochs": 3,
@@ -42,7 +42,7 @@ class Killed(BaseException):
 
 def kill_after(step: int, monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """Run until a step was made and nothing of it recorded; then all is gone."""
-    made = preference_run.train_step
+    made = training_run.train_step
     calls = []
 
     def train_step(run: Any, trainers: Any, batch: Any, pairs: Any) -> dict[str, float]:
@@ -53,7 +53,7 @@ def kill_after(step: int, monkeypatch: pytest.MonkeyPatch, settings: Config) -> 
         return metrics
 
     with monkeypatch.context() as patch:
-        patch.setattr(preference_run, "train_step", train_step)
+        patch.setattr(training_run, "train_step", train_step)
         with pytest.raises(Killed):
             main(settings)
     assert calls[-1] == step
@@ -82,7 +82,7 @@ def test_a_finished_run_says_so_and_computes_nothing(
     settings = config(tmp_path, **EVERYTHING_ON)
     first = main(settings)
     before = outcome(settings)
-    monkeypatch.setattr(preference_run, "load", lambda run, service: pytest.fail("it loads a model"))
+    monkeypatch.setattr(training_run, "load", lambda run, service: pytest.fail("it loads a model"))
     capsys.readouterr()
     assert main(settings) == first
     assert "finished, 6 steps; more epochs continue it" in capsys.readouterr().out
@@ -409,14 +409,14 @@ def test_a_list_that_was_changed_by_hand_moves_nothing(tmp_path: Path) -> None:
 def test_a_run_that_was_taken_over_in_its_last_evaluation_writes_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = preference_run.evaluate
+    evaluate = pair_learner.evaluate
 
     def evaluate_and_lose(*arguments: Any, **named: Any) -> dict[str, float]:
         if (tmp_path / "run/metrics.jsonl").stat().st_size > 2000:  # not the one before training
             (tmp_path / "run/run.lock").write_text('{"pid": 1, "host": "elsewhere", "token": "x"}')
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr(preference_run, "evaluate", evaluate_and_lose)
+    monkeypatch.setattr(pair_learner, "evaluate", evaluate_and_lose)
     with pytest.raises(ConfigError, match="was taken over by process 1 on elsewhere"):
         main(config(tmp_path, eval_fraction=0.3))
     assert not (tmp_path / "run/adapter").exists()
@@ -474,7 +474,7 @@ def test_a_signal_abandons_an_evaluation_which_the_next_start_makes(
 ) -> None:
     whole, stopped = (config(tmp_path / name, count=12, **EVERYTHING_ON) for name in ("whole", "stopped"))
     main(whole)
-    evaluate, calls = preference_run.evaluate, []
+    evaluate, calls = pair_learner.evaluate, []
 
     def evaluate_interrupted(*arguments: Any, **named: Any) -> dict[str, float]:
         calls.append(arguments)
@@ -483,7 +483,7 @@ def test_a_signal_abandons_an_evaluation_which_the_next_start_makes(
         return evaluate(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preference_run, "evaluate", evaluate_interrupted)
+        patch.setattr(pair_learner, "evaluate", evaluate_interrupted)
         with pytest.raises(SystemExit) as ended:
             main(stopped)
     assert ended.value.code == 143

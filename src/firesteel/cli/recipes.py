@@ -1,4 +1,4 @@
-"""`firesteel dpo|orpo …`: a recipe's `Config` as a command. File, `--set` and flags are one schema: the Config itself.
+"""`firesteel dpo|orpo|sft …`: a recipe's `Config` as a command. File, `--set` and flags are one schema, the Config.
 
 A later source wins over an earlier one: default < file < `--set` < flag.
 """
@@ -14,7 +14,7 @@ import typer
 
 from firesteel import yaml_file
 from firesteel.sdk.errors import ConfigError
-from training.recipes import dpo_loop, orpo_loop
+from training.recipes import dpo_loop, orpo_loop, sft_loop
 from training.utils.config import Settings
 
 
@@ -25,6 +25,9 @@ def register(app: typer.Typer) -> None:
     )
     app.command("orpo", help="Odds Ratio Preference Optimization: the same pairs, without a reference.")(
         _command(orpo_loop.Config, orpo_loop.main)
+    )
+    app.command("sft", help="Supervised fine-tuning on conversations or completions.")(
+        _command(sft_loop.Config, sft_loop.main)
     )
 
 

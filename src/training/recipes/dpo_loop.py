@@ -4,7 +4,7 @@
 
 averaged over the pairs of an optimizer step; log-probabilities are summed over the response's tokens. `loss` chooses
 another member of the family (`losses.DpoObjective`), one of which, `simpo`, needs no reference. How a run goes, from
-rows to export, is in `preference_run`; here is what makes it DPO: the settings, and the loss that they mean.
+rows to export, is in `training_run`; here is what makes it DPO: the settings, and the loss that they mean.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import ClassVar, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from training.utils.losses import DpoLoss, DpoObjective
-from training.utils.preference_run import RunSummary, run_to_its_end
-from training.utils.preference_settings import PreferenceSettings, ReferenceSettings
+from training.utils.preference_settings import PreferenceSettings
 from training.utils.reference_pass import ReferenceMode
+from training.utils.training_run import RunSummary, run_to_its_end
+from training.utils.training_settings import ReferenceSettings
 
 WITH_REFERENCE = tuple(loss for loss in get_args(DpoLoss) if DpoObjective(1.0, loss=loss).uses_reference)
 OF_THE_OBJECTIVE = {

@@ -4,7 +4,7 @@
 
 averaged over the pairs of an optimizer step (the Fireworks cookbook sums them: divide its learning rate by its batch
 size). One trainer and no reference: nothing is asked before training. The odds are those of the mean log-probability
-per token. How a run goes, from rows to export, is in `preference_run`; the loss is in `odds_ratio`.
+per token. How a run goes, from rows to export, is in `training_run`; the loss is in `odds_ratio`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from training.utils.odds_ratio import NllSpan, OrpoObjective
-from training.utils.preference_run import RunSummary, run_to_its_end
 from training.utils.preference_settings import PreferenceSettings
+from training.utils.training_run import RunSummary, run_to_its_end
 
 
 class Config(PreferenceSettings):

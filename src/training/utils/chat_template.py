@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
 
+import numpy as np
+
 from firesteel.sdk.errors import ModelError
 from training.utils.preference_examples import ExampleError, Message, Messages, Tools
 from training.utils.tokenizer import Tokenizer, Tokens, encode, shared_length, shown_text, starts_with
@@ -72,6 +74,43 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
         return str(text)
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the template itself says which of its text the assistant writes (`{% generation %}`)."""
+        return (
+            re.search(r"\{%-?\s*generation\s*-?%\}", str(self._template or self.tokenizer.chat_template))
+            is not None
+        )
+
+    def marked(self, messages: Messages, tools: Tools) -> tuple[Tokens, list[range]]:
+        """The tokens of a conversation, and where in them the template marks what the assistant writes, turn by turn.
+
+        Raises RenderError where the marks are not on the tokens that `ids` gives.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=False,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                chat_template=self._template,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
+        tokens = tuple(encoded["input_ids"])
+        if tokens != self.ids(messages, tools, header=False):
+            raise RenderError(
+                "messages", "with its answers marked the conversation has other tokens than without"
+            )
+        edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0]))
+        return tokens, [
+            range(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)
+        ]
 
     @cached_property
     def frame(self) -> AnswerFrame:

@@ -1,7 +1,7 @@
-"""Preference losses, each once, as pure functions of per-token log-probabilities and weights.
+"""Losses, each once, as pure functions of per-token log-probabilities and weights.
 
-Notation: π and r are log-probabilities summed over the n scored tokens under policy and reference, c and r
-(as indices) the chosen and rejected response. Every loss scores each side by one number s, and looks at the margin::
+Of preferences: π and r are log-probabilities summed over the n scored tokens under policy and reference, c and r (as
+indices) the chosen and rejected response. Every loss scores each side by one number s, and looks at the margin::
 
     m = s_c - s_r         s = π - r                      sigmoid, robust, hinge, ipo_sum (and ld, with its tail scaled)
                           s = (π - r) / n                sigmoid_norm, ipo_mean
@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from firesteel.sdk.types import FloatArray
+import numpy as np
+
+from firesteel.sdk.types import Datum, FloatArray
 from training.utils.pairs import DistinctDatums, PreferencePair
 
 if TYPE_CHECKING:
@@ -403,5 +405,30 @@ def make_pair_loss(
     ) -> tuple[torch.Tensor, Mapping[str, float]]:
         scores = score_pairs(pairs, logprobs, references)
         return scores.mean(objective.per_pair(scores)), objective.metrics(scores)
+
+    return loss_fn
+
+
+def weight_of(datum: Datum) -> float:
+    """The sum of a datum's weights: what its tokens count."""
+    return float(datum.loss_fn_inputs["weights"].to_numpy().sum(dtype=np.float64))
+
+
+def make_nll_loss(data: Sequence[Datum]) -> LossFn:
+    """Supervised learning's loss of one optimizer step, for `forward_backward_custom`: ``Σ w (-log π) / Σ w``.
+
+    Over all targets of all data of the step: how many of them a row has, and how rows are batched, changes nothing.
+    """
+    total = sum(map(weight_of, data))
+
+    def loss_fn(
+        data: Sequence[Any], logprobs: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, Mapping[str, float]]:
+        import torch
+
+        weights = [torch.as_tensor(datum.loss_fn_inputs["weights"].to_numpy()).double() for datum in data]
+        summed = [(row.double() * weight).sum() for row, weight in zip(logprobs, weights, strict=True)]
+        loss = -torch.stack(summed).sum() / total
+        return loss, {"sft_loss": loss.item()}
 
     return loss_fn

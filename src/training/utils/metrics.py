@@ -58,7 +58,8 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: 
 def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """What is shown of an evaluation."""
     told = [_told(name, metrics[name]) for name in names]
-    told.append(f"own preference {metrics['policy_preference']:.3f}")
+    if "policy_preference" in metrics:  # of pairs
+        told.append(f"own preference {metrics['policy_preference']:.3f}")
     if "delta_logp/chosen" in metrics:  # there is a reference
         chosen, rejected = metrics["delta_logp/chosen"], metrics["delta_logp/rejected"]
         told.append(f"Δlogp chosen {chosen:+.2f} rejected {rejected:+.2f}")

@@ -117,7 +117,7 @@ def build_dpo_datums(
         if truncate is None:
             raise ExampleError("max_seq_len", f'{too_long}; cut responses with truncate="response_end"')
         rendered = _shortened(rendered, max_seq_len)
-    chosen, rejected = (_datum(side.tokens, side.mask) for side in rendered.sides.values())
+    chosen, rejected = (datum_of(side.tokens, side.mask) for side in rendered.sides.values())
     return chosen, rejected
 
 
@@ -174,7 +174,7 @@ def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedAns
 
 def pairs_of(rendered: RenderedAnswers, example: PreferenceExample) -> list[PreferencePair]:
     """The pairs of a row whose tokens fit. An answer is one datum, whatever its pairs, which share the row's weight."""
-    datums = [_datum(side.tokens, side.mask) for side in rendered.sides.values()]
+    datums = [datum_of(side.tokens, side.mask) for side in rendered.sides.values()]
     count = len(rendered.preferences)
     return [
         PreferencePair(
@@ -289,8 +289,9 @@ def _scored_from(prompt_len: int, tokens: Tokens) -> RenderedSide:
     return RenderedSide(tokens, (np.arange(len(tokens)) >= prompt_len).astype(np.float32))
 
 
-def _datum(tokens: Tokens, mask: FloatArray) -> Datum:
-    inputs = {"target_tokens": TensorData(tokens[1:], "int64"), "weights": TensorData(mask[1:], "float32")}
+def datum_of(tokens: Tokens, weights: FloatArray) -> Datum:
+    """A whole sequence as a datum, shifted by one; `weights` are those of its tokens."""
+    inputs = {"target_tokens": TensorData(tokens[1:], "int64"), "weights": TensorData(weights[1:], "float32")}
     return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
 
 

@@ -23,7 +23,6 @@ can show.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,6 +57,7 @@ from training.utils.row_values import (
     Row,
     keys_found,
     outer_form,
+    read_weight,
     refuse_unread,
     required,
     required_object,
@@ -69,6 +69,7 @@ ACCEPTED = (
     "without `prompt`), `input` with `preferred_output` and `non_preferred_output`, `samples`, or `prompt` with "
     "`completions`"
 )
+OF_SFT = {"messages", "conversations", "completion", "output"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
     row = parse_row(raw)
     form = _form_of(row)
     refuse_unread(row)
-    return form.name, replace(form.read(row, line), weight=_weight(row))
+    return form.name, replace(form.read(row, line), weight=read_weight(row))
 
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> PreferenceFile:
@@ -178,13 +179,6 @@ def _read_text(row: Row, line: int) -> TextExample:
     return TextExample(chosen, rejected, line)
 
 
-def _weight(row: Row) -> float:
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ExampleError("weight", f"{shown(weight)}; expected a number above 0")
-    return float(weight)
-
-
 def _sides(row: Row) -> set[str]:
     return {outer_form(row[name]) for name in ("chosen", "rejected") if name in row}
 
@@ -254,4 +248,6 @@ def _form_of(row: Row) -> RowForm[PreferenceExample]:
     for name in ("prompt", "chosen", "rejected"):
         if row.get(name) is not None and not isinstance(row[name], str | list):
             raise ExampleError(name, f"{shown(row[name])}; accepted are {ACCEPTED}")
+    if row.keys() & OF_SFT:
+        raise ExampleError("row", f"{keys_found(row)}: a supervised row; `firesteel sft` trains on these")
     raise ExampleError("row", f"{keys_found(row)}; accepted are {ACCEPTED}")

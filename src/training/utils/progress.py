@@ -18,15 +18,16 @@ SECONDS_BETWEEN_READINGS = 10
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: its name, its pairs, and how often it prints a line where there is no terminal."""
+    """A part of a run: its name, how much it has to do, and how often it prints a line where there is no terminal."""
 
     label: str
     total: int
+    unit: str = "pairs"
     seconds_between_lines: float = 0.0
 
 
 class Bar:
-    """One stage of known length, counted in pairs. Where nobody watches, lines take the bar's place."""
+    """One stage of known length, counted in its unit. Where nobody watches, lines take the bar's place."""
 
     def __init__(self, stage: Stage, terminal: Progress | None, say: Callable[[str], None]) -> None:
         self._stage = stage
@@ -37,30 +38,30 @@ class Bar:
             self._task = terminal.add_task(stage.label, total=stage.total, rate="")
         self._started = self._said = time.monotonic()
         self._tokens = 0
-        self.pairs = 0
+        self.count = 0
 
-    def advance(self, pairs: int, tokens: int = 0, note: str = "") -> None:
+    def advance(self, count: int, tokens: int = 0, note: str = "") -> None:
         """Count work done; the rates and the time left follow from it. `note` says more, where lines are shown."""
-        self.pairs += pairs
+        self.count += count
         self._tokens += tokens
         now = time.monotonic()
         if self._terminal is not None and self._task is not None:
-            self._terminal.update(self._task, completed=self.pairs, rate=self.rate())
+            self._terminal.update(self._task, completed=self.count, rate=self.rate())
         elif now - self._said >= self._stage.seconds_between_lines:
             self._said = now
-            done = note or f"{self._stage.label} {self.pairs}/{self._stage.total}"
+            done = note or f"{self._stage.label} {self.count}/{self._stage.total}"
             self._say(f"{done}  {self.rate()}  {self._time_left():.0f} s left")
 
     def rate(self) -> str:
         """`3.1 pairs/s · 402 tokens/s`, since the stage began."""
         elapsed = max(time.monotonic() - self._started, 1e-9)
         tokens = f" · {self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
-        return f"{self.pairs / elapsed:.1f} pairs/s{tokens}"
+        return f"{self.count / elapsed:.1f} {self._stage.unit}/s{tokens}"
 
     def _time_left(self) -> float:
         """Seconds, if it goes on like this."""
         elapsed = time.monotonic() - self._started
-        return elapsed / max(self.pairs, 1) * (self._stage.total - self.pairs)
+        return elapsed / max(self.count, 1) * (self._stage.total - self.count)
 
 
 class Display:

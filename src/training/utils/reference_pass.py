@@ -130,7 +130,7 @@ class NoReferences:
     job_id: str | None = None
     seconds = 0.0
 
-    def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
+    def record(self, pairs: Sequence[object]) -> ReferenceRecord:
         """That there is none."""
         return ReferenceRecord(weights="none", numerics="none", path=None, probes=[])
 

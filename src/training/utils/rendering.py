@@ -30,6 +30,7 @@ from training.utils.preference_examples import (
     TextExample,
     Tools,
 )
+from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
 from training.utils.tokenizer import (
     Tokenizer,
     Tokens,
@@ -143,6 +144,21 @@ class Renderer:
                         self._render_ranked(example), preferences=example.preferences, ties=example.ties
                     )
 
+    def render_learned(self, example: SftExample) -> RenderedSide:
+        """Tokens of a supervised example, and which of them are learned."""
+        with self._one_at_a_time:
+            match example:
+                case TurnsExample() if self._template.marks_answers:
+                    return self._marked_turns(example)
+                case TurnsExample():
+                    return self._learned_turns(example)
+                case CompletionExample():
+                    texts = {"completion": example.completion}
+                    return self._render_continuations(example.prompt, texts).sides["completion"]
+                case DocumentExample():
+                    tokens = self._closed(self._opened(self._without_tail(example.text)))
+                    return _scored_after(1, {"text": tokens}).sides["text"]
+
     @cached_property
     def identity(self) -> str:
         """`tokenizer_identity` of the tokenizer, and the date where the template may print it."""
@@ -182,25 +198,67 @@ class Renderer:
         for name, answer in answers.items():
             self._template.refuse_what_is_left_out(name, prompt, answer, tools)
         asked = self._template.ids(prompt, tools, header=True)
-        sides = {name: self._score_turns(name, prompt, answer, tools) for name, answer in answers.items()}
+        sides = {name: self._score_answer(name, prompt, answer, tools) for name, answer in answers.items()}
         opened = asked + opening
         shared = opened if all(starts_with(side.tokens, opened) for side in sides.values()) else asked
         return RenderedAnswers(len(shared), sides)
 
-    def _score_turns(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> RenderedSide:
-        """Find every assistant turn of a response in the tokens of the whole conversation."""
-        whole = self._template.ids(prompt + response, tools, header=False)
+    def _marked_turns(self, example: TurnsExample) -> RenderedSide:
+        """By the template's own marks of what the assistant writes, one for each of its turns."""
+        self._refuse_what_is_left_out(example)
+        tokens, marked = self._template.marked(example.messages, example.tools)
+        learned = [
+            yes
+            for yes, message in zip(example.learned, example.messages, strict=True)
+            if message["role"] == "assistant"
+        ]
+        if len(marked) != len(learned):
+            raise RenderError(
+                "messages",
+                f"the chat template marks {len(marked)} answers where the assistant has {len(learned)} turns",
+            )
+        end_of_turn = self._template.frame.end_of_turn
+        mask = np.zeros(len(tokens), dtype=np.float32)
+        for span, wanted in zip(marked, learned, strict=True):
+            if end_of_turn not in tokens[span.start : span.stop]:
+                raise ModelError(
+                    f"the chat template's generation block leaves out {shown_text(self.tokenizer, (end_of_turn,))}, "
+                    "which ends the assistant's turn: the model could not learn where to stop; in the template, put "
+                    "endgeneration behind it"
+                )
+            mask[span.start : span.stop] = float(wanted)
+        end = max(span.stop for span, wanted in zip(marked, learned, strict=True) if wanted)
+        return RenderedSide(tokens[:end], mask[:end])
+
+    def _learned_turns(self, example: TurnsExample) -> RenderedSide:
+        """By rendering what stands before each turn: it must be the start of the whole conversation, token by token."""
+        self._refuse_what_is_left_out(example)
+        places = [index for index, learned in enumerate(example.learned) if learned]
+        return self._score_turns("messages", example.messages, places, example.tools)
+
+    def _refuse_what_is_left_out(self, example: TurnsExample) -> None:
+        first = example.learned.index(True)
+        prompt, learned = example.messages[:first], example.messages[first:]
+        self._template.refuse_what_is_left_out("messages", prompt, learned, example.tools)
+
+    def _score_answer(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> RenderedSide:
+        """Every assistant turn of a response is scored."""
+        turns = prompt + response
+        places = [place for place in range(len(prompt), len(turns)) if turns[place]["role"] == "assistant"]
+        return self._score_turns(name, turns, places, tools)
+
+    def _score_turns(self, name: str, turns: Messages, scored: Sequence[int], tools: Tools) -> RenderedSide:
+        """Find some of the assistant's turns, by place, in the tokens of the whole conversation."""
+        whole = self._template.ids(turns, tools, header=False)
         mask = np.zeros(len(whole), dtype=np.float32)
         end = 0
-        for index, message in enumerate(response):
-            if message["role"] != "assistant":
-                continue
-            self._refuse_end_of_turn_inside(name, message)
-            before = self._template.ids(prompt + response[:index], tools, header=True)
+        for place in scored:
+            self._refuse_end_of_turn_inside(name, turns[place])
+            before = self._template.ids(turns[:place], tools, header=True)
             start, end = self._turn(name, before, whole)
             mask[start:end] = 1.0
-            if index < len(response) - 1:
-                self._refuse_rewritten_turn(name, prompt + response[: index + 1], tools, whole[start:end])
+            if place < len(turns) - 1:
+                self._refuse_rewritten_turn(name, turns[: place + 1], tools, whole[start:end])
         return RenderedSide(whole[:end], mask[:end])
 
     def _turn(self, name: str, before: Tokens, whole: Tokens) -> tuple[int, int]:

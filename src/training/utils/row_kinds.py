@@ -6,5 +6,6 @@ from typing import Any
 
 from training.utils.preference_rows import PREFERENCES
 from training.utils.row_check import RowKind
+from training.utils.sft_rows import SFT
 
-KINDS: dict[str, RowKind[Any]] = {kind.name: kind for kind in (PREFERENCES,)}
+KINDS: dict[str, RowKind[Any]] = {kind.name: kind for kind in (PREFERENCES, SFT)}

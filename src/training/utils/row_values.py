@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, TypeAlias, cast
@@ -40,6 +41,14 @@ def refuse_unread(row: Row) -> None:
     for key, advice in _UNREAD.items():
         if row.get(key):
             raise ExampleError(key, f"{shown(row[key])}; {advice}")
+
+
+def read_weight(row: Row) -> float:
+    """How much the row counts; 1 where it does not say. Raises ExampleError."""
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ExampleError("weight", f"{shown(weight)}; expected a number above 0")
+    return float(weight)
 
 
 def field_path(place: str, key: str) -> str:

@@ -53,8 +53,10 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool,
         tokenize: bool,
         chat_template: Any,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
     ) -> Any:
-        """The text of a conversation."""
+        """The text of a conversation; or its tokens, and which of them the template marks as the assistant's."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""A run on preference pairs, whatever its loss: what DPO and ORPO share.
+"""A run, whatever its recipe: what DPO, ORPO and SFT share. What differs is in `learner.Learner`.
 
 Top to bottom: read and render all rows once (every bad row is known before a model is loaded; of the others an index is
 kept), load the policy and, where the loss reads one, its frozen reference, take the reference's log-probabilities once
-(from the cache where it has them), then per step one `forward_backward_custom` and one `optim_step`, while the next
-rows are rendered; evaluate on held-out pairs, export. With `dcp_save_interval` a run that was killed goes on from its
+(from the cache where it has them), then per step one forward, one backward and one `optim_step`, while the next
+rows are rendered; evaluate on held-out rows, export. With `dcp_save_interval` a run that was killed goes on from its
 last checkpoint when it is started again, and ends with the same bits.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from firesteel.sdk import (
@@ -24,17 +25,10 @@ from firesteel.sdk import (
 )
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
-from training.utils.evaluation import Answers, Split, evaluate, split_by_prompt
+from training.utils.evaluation import Answers, Split, split_by_prompt
+from training.utils.learner import Learner
 from training.utils.loop import Loop, SavedRun
-from training.utils.losses import PairObjective, make_pair_loss
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
-from training.utils.pairs import DistinctDatums, PreferencePair
-from training.utils.preference_rows import PREFERENCES
-from training.utils.preference_settings import (
-    MAY_CHANGE_WHEN_GOING_ON,
-    PreferenceSettings,
-    ReferenceSettings,
-)
 from training.utils.progress import Display, Stage
 from training.utils.reference_pass import RECORDED_PAIRS, AnyReferences, NoReferences, References
 from training.utils.rendering import Renderer
@@ -56,6 +50,11 @@ from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
 from training.utils.stopping import stopping_on_signals
+from training.utils.training_settings import (
+    MAY_CHANGE_WHEN_GOING_ON,
+    ReferenceSettings,
+    TrainingSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class RunSummary:
 
     steps: int
     before: dict[str, float]
-    """Held-out metrics before the first step; empty without held-out pairs."""
+    """Held-out metrics before the first step; empty without held-out rows."""
     after: dict[str, float]
     """Held-out metrics after the last step."""
     export_path: str
@@ -80,7 +79,7 @@ class RunSummary:
     """From this process's first step to the last, its evaluation and those between included."""
 
 
-def run_to_its_end(config: PreferenceSettings) -> RunSummary:
+def run_to_its_end(config: TrainingSettings) -> RunSummary:
     """Train and export. Raises `UserError` for what the user can mend, before any model work where possible.
 
     A trainer behind HTTP that lost its state makes the run go back to its newest checkpoint.
@@ -95,21 +94,20 @@ def run_to_its_end(config: PreferenceSettings) -> RunSummary:
                 config = config.model_copy(update={"resume": "auto"})
 
 
-def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummary:
+def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
     """The run from where its folder leaves it to its end. `begun` is called when that folder is this run's."""
     display = Display()
     day = first_day(config.log_path, config.resume)
     renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
     files = [path for path in (config.dataset, config.eval_dataset) if path]
-    indexes = [
-        index_rows(path, renderer, PREFERENCES, config.on_bad_row, display.reading(path)) for path in files
-    ]
+    kind = config.learner.rows
+    indexes = [index_rows(path, renderer, kind, config.on_bad_row, display.reading(path)) for path in files]
     for prompt in config.sample_prompts:
         renderer.question(prompt)  # refused now, not after the reference pass
     with build_service(config) as service, ExitStack() as stack:
         longest = service.longest_sequence()
         rules = Rendering(config.max_seq_len or longest, config.truncate)
-        limits = (config.max_pairs, None)  # held-out pairs are all used
+        limits = (config.most_rows, None)  # held-out rows are all used
         selections = [
             stack.enter_context(closing(select_rows(index, renderer, rules, most)))
             for index, most in zip(indexes, limits, strict=False)
@@ -125,7 +123,7 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
         for rows in selections:
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
         if split.overlap:
-            display.say(f"eval_dataset: {split.overlap} of its pairs have a prompt that is trained on")
+            display.say(f"eval_dataset: {split.overlap} of its rows have a prompt that is trained on")
         run = Run(config, split, renderer, folder, display, identity, start)
         stop = stack.enter_context(stopping_on_signals())
         trainers = stack.enter_context(closing(load(run, service)))
@@ -152,10 +150,10 @@ def run_once(config: PreferenceSettings, begun: Callable[[], None]) -> RunSummar
 
 
 def data_identity(
-    indexes: Sequence[RowIndex[PreferencePair]],
+    indexes: Sequence[RowIndex[Any]],
     renderer: Renderer,
     rules: Rendering,
-    split: Split[PreferencePair],
+    split: Split[Any],
 ) -> dict[str, Any]:
     """What the tokens of this run follow from."""
     names = ("dataset content", "eval_dataset content")
@@ -166,11 +164,11 @@ def data_identity(
         "tokenizer and template": renderer.identity,
         "longest row": longest,
         "day": renderer.today.isoformat(),
-        "pairs": len(split.train),
+        f"{indexes[0].kind.item}s": len(split.train),
     }
 
 
-def summary_of_finished(start: Finished, display: Display, config: PreferenceSettings) -> RunSummary:
+def summary_of_finished(start: Finished, display: Display, config: TrainingSettings) -> RunSummary:
     """What a run came to that has nothing left to do."""
     for line in start.said:
         display.say(f"not read, the run is finished: {line}")
@@ -181,7 +179,7 @@ def summary_of_finished(start: Finished, display: Display, config: PreferenceSet
         raise CheckpointError(f"{config.log_path}/summary.json is not one of this program: {error}") from None
 
 
-def begin(folder: RunFolder, start: Start | GoOn, config: PreferenceSettings) -> Iterator[str]:
+def begin(folder: RunFolder, start: Start | GoOn, config: TrainingSettings) -> Iterator[str]:
     """Make the folder ready; yields what people should know."""
     if isinstance(start, GoOn):
         yield f"going on from {start.checkpoint}"
@@ -192,15 +190,15 @@ def begin(folder: RunFolder, start: Start | GoOn, config: PreferenceSettings) ->
     folder.write_config(config.resolved())
 
 
-def split_pairs(sets: Sequence[RowSet[PreferencePair]], config: PreferenceSettings) -> Split[PreferencePair]:
-    """Training and held-out pairs: from a file each, or drawn from one."""
+def split_pairs(sets: Sequence[RowSet[Any]], config: TrainingSettings) -> Split[Any]:
+    """Training and held-out rows: from a file each, or drawn from one."""
     train, *heldout = sets
     if heldout:
         return Split(train, heldout[0])
     return split_by_prompt(train, config.eval_fraction, config.seed)
 
 
-def epochs_of(config: PreferenceSettings, split: Split[PreferencePair]) -> Epochs:
+def epochs_of(config: TrainingSettings, split: Split[Any]) -> Epochs:
     """Every batch of a run."""
     return Epochs(len(split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
 
@@ -209,26 +207,26 @@ def epochs_of(config: PreferenceSettings, split: Split[PreferencePair]) -> Epoch
 class Run:
     """What the phases of one run share."""
 
-    config: PreferenceSettings
-    split: Split[PreferencePair]
+    config: TrainingSettings
+    split: Split[Any]
     renderer: Renderer
     folder: RunFolder
     display: Display
     identity: Identity
     start: Start | GoOn
 
-    @property
-    def objective(self) -> PairObjective:
-        """See `PreferenceSettings.objective`."""
-        return self.config.objective
+    @cached_property
+    def learner(self) -> Learner[Any]:
+        """See `TrainingSettings.learner`."""
+        return self.config.learner
 
     @property
     def epochs(self) -> Epochs:
-        """The order of the training pairs."""
+        """The order of the training rows."""
         return epochs_of(self.config, self.split)
 
 
-def build_service(config: PreferenceSettings) -> ServiceClient:
+def build_service(config: TrainingSettings) -> ServiceClient:
     """The trainers of this run; nothing is loaded yet."""
     return build_service_client(
         base_model=config.base_model,
@@ -374,7 +372,8 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
     """All steps that are left, the next rows being rendered meanwhile; returns the seconds they took."""
     epochs, done, started = run.epochs, loop.position.step, time.monotonic()
     ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
-    stage = Stage("training", sum(len(batch.rows) for batch in epochs.batches(done)))
+    rows_left = sum(len(batch.rows) for batch in epochs.batches(done))
+    stage = Stage("training", rows_left, f"{run.learner.rows.item}s")
     with closing(ahead) as taken, run.display.bar(stage) as bar:
         for batch, rows in zip(epochs.batches(done), taken, strict=True):
             loop.checkpoints.list_if_written()
@@ -382,16 +381,16 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
                 metrics = train_step(run, trainers, batch, rows.items)
             except NonFiniteError as error:
                 metrics = loop.skip_or_refuse(
-                    batch, list(dict.fromkeys(pair.line for pair in rows.items)), error
+                    batch, list(dict.fromkeys(item.line for item in rows.items)), error
                 )
             for symptom in symptoms(batch.step, metrics):
                 run.display.say(f"warning: step {batch.step}: {symptom}")
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
-            line = step_line(batch.step, epochs.total_steps, metrics, run.objective.shown)
+            line = step_line(batch.step, epochs.total_steps, metrics, run.learner.shown)
             bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
             due = evaluation_due(run, batch.step)
             loop.made(batch, evaluate_heldout(run, trainers, loop, batch.step) if due else {})
-        run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.pairs} pairs, {bar.rate()}")
+        run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.count} {stage.unit}, {bar.rate()}")
     loop.checkpoints.finish()
     return time.monotonic() - started
 
@@ -402,56 +401,44 @@ def evaluation_due(run: Run, step: int) -> bool:
     return step == run.epochs.total_steps or (interval > 0 and step % interval == 0)
 
 
-def train_step(
-    run: Run, trainers: Trainers, batch: Batch, pairs: Sequence[PreferencePair]
-) -> dict[str, float]:
+def train_step(run: Run, trainers: Trainers, batch: Batch, items: Sequence[Any]) -> dict[str, float]:
     """One forward, one backward, one AdamW step; the metrics of the batch before it."""
     config, policy, started = run.config, trainers.policy, time.monotonic()
-    loss = make_pair_loss(pairs, trainers.references.of(pairs), run.objective)
     rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, run.epochs.total_steps)
-    data = DistinctDatums.of(pairs).data
-    result = policy.forward_backward_custom(data, loss, weighted_only=not run.objective.reads_prompt)
+    result = run.learner.accumulate(policy, items, trainers.references)
     optimizer = policy.optim_step(config.adam_params(rate)).metrics
     work = StepWork(
-        tokens=sum(datum.model_input.length + 1 for datum in data),
+        tokens=sum(datum.model_input.length + 1 for datum in run.learner.data(items)),
         seconds=time.monotonic() - started,
         with_reference=config.reference_settings is not None and batch.epoch == 1,
         computed=result.metrics,
     )
     told = {name: value for name, value in result.metrics.items() if ":" not in name}
-    measured = {"epoch": batch.epoch, "lr": rate, "loss": told[run.objective.loss_name], **optimizer}
+    measured = {"epoch": batch.epoch, "lr": rate, "loss": told[run.learner.loss_name], **optimizer}
     # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
     named = {**measured, **told, **work.metrics}
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
 def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyReferences) -> None:
-    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`.
-
-    Nothing is cached before: what a wrong path computes must not be there for the next run.
-    """
+    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`."""
     first = next(run.epochs.batches())
-    pairs = run.split.train.take(first.rows)
-    loss = make_pair_loss(pairs, references.asked_now(pairs), run.objective)
-    data = DistinctDatums.of(pairs).data
-    verification = policy.verify(data, loss, weighted_only=not run.objective.reads_prompt)
+    verification = run.learner.verify(policy, run.split.train.take(first.rows), references)
     for line in verification.lines:
         run.display.say(line)
     verification.refuse_disagreement()
 
 
 def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
-    """Metrics on the held-out pairs, logged and shown; empty without any, and where a signal ends the run."""
+    """Metrics on the held-out rows, logged and shown; empty without any, and where a signal ends the run."""
     heldout = run.split.heldout
-    metrics = (
-        evaluate(
-            trainers.policy, heldout, trainers.references, run.objective, abandon=lambda: loop.stop.asked
-        )
-        if heldout
-        else {}
+    if not len(heldout):
+        return {}
+    metrics = run.learner.evaluate(
+        trainers.policy, heldout, trainers.references, abandon=lambda: loop.stop.asked
     )
     if not metrics:
         return {}
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-    run.display.say(heldout_line(step, metrics, run.objective.shown))
+    run.display.say(heldout_line(step, metrics, run.learner.shown))
     return metrics

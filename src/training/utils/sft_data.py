@@ -1,0 +1,250 @@
+"""A row of supervised data says what it is, or exactly why not: `file:line: field: reason`.
+
+One JSON object per line, UTF-8, as it is or gzipped. Every row of a file has the same one of these forms:
+
+==========  ====================================================================================
+messages    {"messages": […]}; the assistant's turns are learned
+completion  {"prompt": [messages], "completion": [messages]}, or two strings: the completion is learned
+alpaca      {"instruction": "…", "input": "…", "output": "…"}; with `system` and `history` [[asked, said], …]
+sharegpt    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}; with `system`
+text        {"text": "…"}; all of it is learned
+==========  ====================================================================================
+
+A message's own `weight` (0 or 1, as OpenAI has it) says whether an assistant's turn is learned; `weight` beside it how
+much the row counts (above 0). `tools` may stand beside messages. Instruction and input of Alpaca's form are one user
+message of two lines, as LLaMA-Factory has it. Of messages everything is kept, as in `preference_data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from training.utils.conversations import (
+    Conversation,
+    one_turn,
+    read_conversation,
+    read_response,
+    read_tools,
+    without_weight,
+)
+from training.utils.jsonl import parse_row
+from training.utils.plain_texts import read_text, refuse_what_text_leaves_out
+from training.utils.preference_examples import ExampleError, Tools
+from training.utils.row_forms import RowForm, claimed
+from training.utils.row_values import Row, keys_found, read_weight, refuse_unread, required, shown
+from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
+
+ACCEPTED = (
+    "`messages`, `prompt` with `completion`, `instruction` with `output`, `conversations` (each with from and value), "
+    "or `text`"
+)
+OF_PREFERENCES = {"chosen", "rejected", "preferred_output", "samples", "completions"}
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def read_sft_row(raw: bytes, line: int) -> tuple[str, SftExample]:
+    """The form of one row and what it says. Raises ExampleError."""
+    row = parse_row(raw)
+    form = claimed(row, FORMATS)
+    if form is None:
+        if row.keys() & OF_PREFERENCES:
+            raise ExampleError(
+                "row", f"{keys_found(row)}: a preference; `firesteel dpo` and `orpo` train on these"
+            )
+        raise ExampleError("row", f"{keys_found(row)}; accepted are {ACCEPTED}")
+    refuse_unread(row)
+    return form.name, replace(form.read(row, line), weight=read_weight(row))
+
+
+def _read_messages(row: Row, line: int) -> TurnsExample:
+    conversation = read_conversation(row["messages"], "messages")
+    _refuse_beside(row, "prompt", "completion", "system")
+    return _turns(conversation, 0, read_tools(row), line)
+
+
+def _read_completion(row: Row, line: int) -> SftExample:
+    prompt, completion = (required(row, name) for name in ("prompt", "completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        refuse_what_text_leaves_out(row)
+        return CompletionExample(read_text(prompt, "prompt"), read_text(completion, "completion"), line)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ExampleError(
+            "completion",
+            f"{shown(completion)}, while the prompt is {shown(prompt)}; give both as messages or as text",
+        )
+    asked = read_conversation(prompt, "prompt")
+    return _turns(asked + read_response(completion, "completion"), len(asked.messages), read_tools(row), line)
+
+
+def _read_alpaca(row: Row, line: int) -> TurnsExample:
+    _refuse_beside(row, "tools")
+    turns: list[Conversation] = []
+    if row.get("system"):
+        turns.append(one_turn("system", read_text(row["system"], "system"), "system"))
+    for index, exchange in enumerate(_history(row)):
+        for role, text, part in zip(("user", "assistant"), exchange, (0, 1), strict=True):
+            turns.append(one_turn(role, text, f"history[{index}][{part}]"))
+    asked = read_text(required(row, "instruction"), "instruction")
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise ExampleError("input", f"{shown(given)}; expected a string")
+    turns.append(one_turn("user", f"{asked}\n{given}" if given else asked, "instruction"))
+    turns.append(one_turn("assistant", read_text(required(row, "output"), "output"), "output"))
+    return _turns(_joined(turns), 0, None, line)
+
+
+def _history(row: Row) -> list[list[str]]:
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ExampleError("history", f"{shown(history)}; expected a list of [asked, said]")
+    for index, exchange in enumerate(history):
+        if not (
+            isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(t, str) for t in exchange)
+        ):
+            raise ExampleError(
+                f"history[{index}]", f"{shown(exchange)}; expected a list of two strings: asked, said"
+            )
+    return history
+
+
+def _read_sharegpt(row: Row, line: int) -> TurnsExample:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ExampleError("conversations", f"{shown(turns)}; expected a list of turns")
+    messages = [_sharegpt_message(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+    conversation = read_conversation(messages, "conversations")
+    if row.get("system"):
+        conversation = one_turn("system", read_text(row["system"], "system"), "system") + conversation
+    return _turns(conversation, 0, read_tools(_with_parsed_tools(row)), line)
+
+
+def _sharegpt_message(turn: object, place: str) -> dict[str, Any]:
+    """A turn of ShareGPT's as a message; `function_call` holds JSON with a name and arguments."""
+    if not isinstance(turn, dict):
+        raise ExampleError(place, f"{shown(turn)}; expected an object with from and value")
+    role, value = required(turn, "from", place), required(turn, "value", place)
+    others = {key: turn[key] for key in turn.keys() - {"from", "value"}}
+    if role == "function_call":
+        return {
+            **others,
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [_called(value, f"{place}.value")],
+        }
+    if role not in SHAREGPT_ROLES:
+        known = ", ".join((*SHAREGPT_ROLES, "function_call"))
+        raise ExampleError(f"{place}.from", f"{shown(role)}; expected one of {known}")
+    return {**others, "role": SHAREGPT_ROLES[role], "content": value}
+
+
+def _called(value: object, place: str) -> dict[str, Any]:
+    try:
+        call = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ExampleError(place, f"a function call that is not JSON: {error.msg}") from None
+    if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+        raise ExampleError(place, f"{shown(call)}; expected a function call with name and arguments")
+    return {"type": "function", "function": call}
+
+
+def _with_parsed_tools(row: Row) -> Row:
+    """ShareGPT files hold their tools as a string of JSON."""
+    if not isinstance(row.get("tools"), str) or not row["tools"]:
+        return row
+    try:
+        return {**row, "tools": json.loads(row["tools"])}
+    except json.JSONDecodeError as error:
+        raise ExampleError("tools", f"a string that is not JSON: {error.msg}") from None
+
+
+def _read_text(row: Row, line: int) -> DocumentExample:
+    _refuse_beside(row, "prompt", "completion", "system", "tools")
+    return DocumentExample(read_text(row["text"], "text"), line)
+
+
+def _turns(conversation: Conversation, learned_from: int, tools: Tools, line: int) -> TurnsExample:
+    """The assistant's turns from a place on are learned, but for those of weight 0."""
+    places, messages = conversation.places, conversation.messages
+    learned = tuple(
+        index >= learned_from and message["role"] == "assistant" and message.get("weight", 1) == 1
+        for index, message in enumerate(messages)
+    )
+    if messages[-1]["role"] != "assistant":
+        raise ExampleError(
+            f"{places[-1]}.role", f"the last turn is of role {messages[-1]['role']!r}; expected 'assistant'"
+        )
+    for index, (place, message) in enumerate(zip(places, messages, strict=True)):
+        if message.get("weight") == 1 and message["role"] != "assistant":
+            raise ExampleError(
+                f"{place}.weight", f"1 on a turn of role {message['role']}; only the assistant's are learned"
+            )
+        if learned[index] and not message["content"].strip() and not message.get("tool_calls"):
+            raise ExampleError(
+                f"{place}.content", f"{shown(message['content'])}: an empty turn cannot be learned"
+            )
+    if not any(learned):
+        raise ExampleError(
+            f"{places[-1]}.weight", "0 on every turn of the assistant: nothing is left to learn"
+        )
+    if learned[0]:
+        raise ExampleError(
+            places[0],
+            "the first turn is the assistant's: nothing is asked; remove it, or give it the weight 0",
+        )
+    return TurnsExample(tuple(without_weight(message) for message in messages), learned, tools, line)
+
+
+def _joined(turns: Sequence[Conversation]) -> Conversation:
+    first, *others = turns
+    for turn in others:
+        first = first + turn
+    return first
+
+
+def _refuse_beside(row: Row, *keys: str) -> None:
+    for key in keys:
+        if row.get(key):
+            raise ExampleError(key, f"{shown(row[key])}: it would be left out; write it as a message")
+
+
+FORMATS: tuple[RowForm[SftExample], ...] = (
+    RowForm("messages", '{"messages": […]}', lambda row: "messages" in row, _read_messages),
+    RowForm(
+        "completion",
+        '{"prompt": …, "completion": …}, two strings or two lists of messages',
+        lambda row: "completion" in row,
+        _read_completion,
+    ),
+    RowForm(
+        "alpaca",
+        '{"instruction": "…", "input": "…", "output": "…"}',
+        lambda row: "instruction" in row or "output" in row,
+        _read_alpaca,
+    ),
+    RowForm(
+        "sharegpt",
+        '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}',
+        lambda row: "conversations" in row,
+        _read_sharegpt,
+    ),
+    RowForm(
+        "text",
+        '{"text": "…"}',
+        lambda row: "text" in row and not row.keys() & {"messages", "completion", "output", "conversations"},
+        _read_text,
+    ),
+)
