@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import config, numbers, outcome
+from runs import config, numbers, outcome, write_lists
 
 from firesteel.sdk import Datum, ModelInput, RowError, TensorData
 from training.recipes import orpo_loop
@@ -296,18 +296,6 @@ def test_plackett_luce_stays_finite_far_from_the_order() -> None:
 
 
 # Runs on a real (tiny) model
-
-
-def write_lists(path: Path, count: int, extra: Any = ()) -> str:
-    """Learnable lists: `yes` before `maybe` before `nope`; every third row has a tie."""
-    rows = []
-    for index in range(count):
-        texts = [f"yes {index}", f"maybe {index}", f"nope {index}", *extra]
-        scores = [3, 2, 2 if index % 3 == 2 else 1, *range(-len(extra), 0)]
-        prompt = [{"role": "user", "content": f"Question {index}, which is a somewhat longer one?"}]
-        rows.append({"prompt": prompt, "completions": [said(text) for text in texts], "scores": scores})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce", "sigmoid_norm"])

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import RANKS, config, outcome
+from runs import RANKS, config, outcome, sft_config, write_lists
 
 import firesteel
 from conftest import make_pairs
 from firesteel.sdk import AdamParams, TrainerLost, TrainerRewound, TrainingClient
 from firesteel.service.service import Service
+from training.recipes import sft_loop
 from training.recipes.dpo_loop import main
 from training.utils.client import ReconnectableClient
 from transports import Server, service_in, serving
@@ -56,6 +57,27 @@ def test_a_run_against_a_server_is_the_run_in_this_process_to_the_bit(
     main(there)
     assert outcome(there) == outcome(here)
     assert server.service.sessions.all() == []  # and nothing is left
+
+
+@pytest.mark.parametrize("recipe", ["sft", "ranked lists"])
+def test_so_is_one_of_another_recipe_or_of_ranked_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, recipe: str
+) -> None:
+    def run(name: str) -> dict[str, Any]:
+        monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / name / "home"))
+        if recipe == "sft":
+            settings = sft_config(tmp_path / name, **SETTINGS)
+            sft_loop.main(settings)
+            return outcome(settings)
+        ranked = config(tmp_path / name, loss="plackett_luce", **SETTINGS)
+        lists = write_lists(tmp_path / name / "lists.jsonl", 8)
+        main(ranked.model_copy(update={"dataset": lists}))
+        return outcome(ranked)
+
+    here = run("here")
+    monkeypatch.setenv("FIRESTEEL_BASE_URL", server.url)
+    monkeypatch.setenv("FIRESTEEL_API_KEY", server.key)
+    assert run("there") == here
 
 
 def test_a_run_that_began_here_goes_on_at_a_server(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import runs
 import torch
 from runs import numbers, outcome
+from runs import sft_config as config
 
 from firesteel.sdk import AdamParams, CheckpointError, ConfigError, Datum, ModelInput, TensorData
 from plain import load_plain, plain_logprobs
@@ -23,33 +23,6 @@ from training.utils.reference_pass import NoReferences
 from training.utils.service import build_service_client
 from training.utils.sft_learner import SftLearner
 from training.utils.sft_rows import LearnedSequence
-
-
-def write_rows(path: Path, count: int) -> str:
-    """Learnable rows: every answer is `yes` and the question's number. Some have two turns, some count double."""
-    rows = []
-    for index in range(count):
-        messages = []
-        for turn in range(1 + index % 2):
-            messages.append({"role": "user", "content": f"Question {index}, part {turn}?"})
-            messages.append({"role": "assistant", "content": f"yes {index}"})
-        rows.append({"messages": messages, **({"weight": 2} if index % 3 == 0 else {})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def config(folder: Path, count: int = 8, **settings: Any) -> Config:
-    values = {
-        "log_path": str(folder / "run"),
-        "base_model": "tiny-llama",
-        "dataset": write_rows(folder / "rows.jsonl", count),
-        "lora_rank": 4,
-        "learning_rate": 3e-3 if settings.get("lora_rank", 4) else 3e-4,
-        "batch_size": 3,
-        **settings,
-    }
-    return Config(**values)
 
 
 def sequences(rng: np.random.Generator, count: int) -> list[LearnedSequence]:
