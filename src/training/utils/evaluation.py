@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import orjson
 
-from firesteel.sdk import DataError, SamplingParams
+from firesteel.sdk import DataError
 from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
@@ -19,6 +19,7 @@ from training.utils.pairs import DistinctDatums, PreferencePair
 from training.utils.reference_pass import AnyReferences
 from training.utils.rendering import Renderer
 from training.utils.row_sets import RowSet
+from training.utils.sampling import Sampling, ask
 
 T = TypeVar("T")
 
@@ -94,13 +95,8 @@ class Answers:
 
     def of(self, policy: ReconnectableClient) -> dict[str, str]:
         """One answer per prompt."""
-        answers = {}
-        for prompt in self.prompts:
-            stop = (self.renderer.end_of_turn,)
-            params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop=stop)
-            answer = policy.sample(self.renderer.question(prompt), 1, params).sequences[0]
-            answers[prompt] = self.renderer.answer_text(answer.tokens)
-        return answers
+        sampling = Sampling(self.max_tokens)
+        return {prompt: ask(policy, self.renderer, prompt, sampling).text for prompt in self.prompts}
 
     def write_comparison(self, path: Path, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
         """Write one JSON object per prompt, and return the same for people to read.

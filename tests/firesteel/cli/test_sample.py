@@ -1,0 +1,154 @@
+"""`firesteel sample`, on real runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import RANKS, config
+from typer.testing import CliRunner
+
+from firesteel.cli.main import app
+from firesteel.sdk import CheckpointError, ConfigError, ModelError
+from training.recipes.dpo_loop import main
+from transports import service_in, serving
+
+PROMPTS = ("Question 1?", "Question 2?")
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs, `lora` and `full`, that have learned something, with checkpoints of steps 3 and 6."""
+    made = tmp_path_factory.mktemp("folder")
+    for name, rank in (("lora", 4), ("full", 0)):
+        settings = {"sample_prompts": PROMPTS, "sample_max_tokens": TOKENS, "learning_rate": 1e-2}
+        main(config(made / name, lora_rank=rank, epochs=2, dcp_save_interval=3, **settings))
+    return made
+
+
+def firesteel(*arguments: object, stdin: str | None = None) -> str:
+    """What it prints; its errors are raised."""
+    given = [str(argument) for argument in ("sample", *arguments)]
+    result = CliRunner().invoke(app, given, input=stdin, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def asked(*arguments: object, stdin: str | None = None) -> list[dict[str, dict[str, object]]]:
+    return [json.loads(line) for line in firesteel(*arguments, "--json", stdin=stdin).splitlines()]
+
+
+def of(prompts: tuple[str, ...] = PROMPTS) -> list[str]:
+    return [part for prompt in prompts for part in ("--prompt", prompt)]
+
+
+def written(run: Path, when: str) -> list[str]:
+    return [json.loads(line)[when] for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_and_its_base_say_what_the_run_wrote_down_after_and_before(folder: Path, name: str) -> None:
+    run = folder / name / "run"
+    exchanges = asked(run, *of(), "--base", "--max-tokens", TOKENS)
+    after, before = ([exchange[who]["text"] for exchange in exchanges] for who in ("answer", "base"))
+    assert after == written(run, "after")
+    assert before == written(run, "before")
+    assert after != before
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_the_lines_of_standard_input_are_prompts_and_its_end_is_the_end(folder: Path, name: str) -> None:
+    run = folder / name / "run"
+    settings = ("--base", "--max-tokens", TOKENS)
+    assert asked(run, *settings, stdin="\n".join(PROMPTS)) == asked(run, *of(), *settings)
+    assert firesteel(run, stdin="") == ""
+
+
+def test_an_earlier_step_says_something_else(folder: Path) -> None:
+    run = folder / "lora/run"
+    first, last = (asked(run, *of(), "--step", step, "--max-tokens", 64) for step in (3, 6))
+    assert first != last
+    assert last == asked(run, *of(), "--max-tokens", 64)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4; there is 3, 6"):
+        firesteel(run, *of(), "--step", 4)
+
+
+@RANKS
+def test_a_run_without_checkpoints_is_tried_by_what_it_exported(tmp_path: Path, rank: int) -> None:
+    settings = {"sample_prompts": PROMPTS, "sample_max_tokens": TOKENS}
+    main(config(tmp_path, lora_rank=rank, **settings))
+    exchanges = asked(tmp_path / "run", *of(), "--base", "--max-tokens", TOKENS)
+    assert [exchange["answer"]["text"] for exchange in exchanges] == written(tmp_path / "run", "after")
+    assert [exchange["base"]["text"] for exchange in exchanges] == written(tmp_path / "run", "before")
+
+
+def test_a_model_by_itself_says_what_it_says_as_a_base(folder: Path) -> None:
+    alone = asked("tiny-llama", *of(), "--max-tokens", TOKENS)
+    as_base = asked(folder / "lora/run", *of(), "--base", "--max-tokens", TOKENS)
+    assert [one["answer"] for one in alone] == [one["base"] for one in as_base]
+    exported = asked(folder / "full/run/model", *of(), "--max-tokens", TOKENS)
+    assert exported == asked(folder / "full/run", *of(), "--max-tokens", TOKENS)
+
+
+def test_a_drawn_answer_comes_again_with_its_seed_only(folder: Path) -> None:
+    drawn = [
+        asked(folder / "lora/run", *of(), "--temperature", 1, "--seed", seed, "--max-tokens", 32)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ConfigError, match="seed is not read at temperature 0"):
+        firesteel(folder / "lora/run", *of(), "--seed", 1)
+
+
+def test_an_answer_that_was_cut_is_said_to_be(folder: Path) -> None:
+    printed = firesteel(folder / "lora/run", *of(), "--base", "--max-tokens", 2)
+    assert printed.splitlines()[0] == f"Q: {PROMPTS[0]}"
+    assert printed.count("(cut at 2 tokens; --max-tokens allows more)") == 4
+    assert printed.index("base:") < printed.index("trained:")
+
+
+def test_a_server_says_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--base", "--max-tokens", TOKENS)
+    here = [asked(folder / name / "run", *of(), *settings) for name in ("lora", "full")]
+    with service_in(tmp_path / "service", "tiny-llama") as service, serving(service) as server:
+        monkeypatch.setenv("FIRESTEEL_BASE_URL", server.url)
+        monkeypatch.setenv("FIRESTEEL_API_KEY", server.key)
+        assert [asked(folder / name / "run", *of(), *settings) for name in ("lora", "full")] == here
+        assert service.sessions.all() == []
+
+
+def test_what_cannot_be_tried_is_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    run = folder / "lora/run"
+    with pytest.raises(ConfigError, match="says nothing; write what the user asks"):
+        firesteel(run, "--prompt", "  ")
+    with pytest.raises(CheckpointError, match="the folder neither of a run nor of a model"):
+        firesteel(tmp_path, *of())
+    with pytest.raises(CheckpointError, match=rf"its run is `firesteel sample {run} --step 3`"):
+        firesteel(run / "checkpoints/step-3", *of())
+    with pytest.raises(
+        ModelError, match="there is no run folder nobody, and as a model: model 'nobody' is not"
+    ):
+        firesteel("nobody", *of())
+    with pytest.raises(ConfigError, match="--step: tiny-llama is not the folder of a run"):
+        firesteel("tiny-llama", *of(), "--step", 3)
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"has no weights yet: .*--dcp-save-interval"):
+        firesteel(tmp_path, *of())
+
+
+def test_at_a_terminal_a_line_that_cannot_be_answered_does_not_end_the_session(folder: Path) -> None:
+    code = (
+        "import pty, sys\n"
+        "pty.spawn([sys.executable, '-m', 'firesteel.cli.main', 'sample', sys.argv[1], '--max-tokens', '8190'])\n"
+    )
+    typed = "no room is left for this\n\nnor for this\n\x04"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "lora/run")],
+        input=typed, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert ran.stdout.count("> error[operation]: sample: ") == 2
+    assert "Traceback" not in ran.stdout
