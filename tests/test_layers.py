@@ -107,6 +107,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "firesteel.sdk.errors",
         "firesteel.sdk.shapes",
     ),
+    "firesteel.removal": (
+        "firesteel.catalog",
+        "firesteel.sealed",
+        "firesteel.store",
+        "firesteel.sdk.errors",
+    ),
     "firesteel.engine": (
         "firesteel.sdk",
         "firesteel.catalog",
@@ -127,6 +133,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "firesteel": ("firesteel.connection",),
     "training.utils": (
         "=firesteel",
+        "firesteel.removal",
         "firesteel.connection",
         "firesteel.sdk",
         "firesteel.catalog",

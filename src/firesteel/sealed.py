@@ -11,12 +11,14 @@ afterwards (a disk, a hand) is what the hashes are for.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -187,6 +189,54 @@ def remove_folder(folder: Path) -> None:
     with storage_errors(folder, 0):
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+class FolderInUse:
+    """A claim on a folder by one who reads in it: while there is any, `remove_unless_used` leaves the folder.
+
+    It is the system's lock on the folder itself: gone with the process that has it, or with this object.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileNotFoundError where there is no such folder."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._let_go = weakref.finalize(self, os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            self._let_go()  # removed while this waited; what has its name now is another
+            raise FileNotFoundError(folder)
+
+    def close(self) -> None:
+        """Let it go."""
+        self._let_go()
+
+
+def is_used(folder: Path) -> bool:
+    """Whether somebody has a claim on a folder."""
+    with _only_claim(folder) as alone:
+        return not alone
+
+
+def remove_unless_used(folder: Path) -> bool:
+    """As `remove_folder`, unless somebody has a claim on it; whether it was removed."""
+    with _only_claim(folder) as alone:
+        if alone:
+            remove_folder(folder)
+        return alone
+
+
+@contextmanager
+def _only_claim(folder: Path) -> Iterator[bool]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

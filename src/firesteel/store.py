@@ -5,7 +5,7 @@
     $FIRESTEEL_HOME/models/            default ~/.cache/firesteel/models
         NAME-HASH/                     config.json, *.safetensors, tokenizer files, manifest.json
         .partial-NAME-HASH-…/          being made; never used, swept by the next process that makes this model
-        .lock-NAME-HASH                held while one is being made
+        .lock-NAME-HASH                held while one is being made, or removed
     $FIRESTEEL_HOME/tokenizers/        the same, of models of which only the tokenizer was asked for
 
 A folder gets its final name only once it is whole: every file is synced to disk and hashed in the manifest,
@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -52,6 +52,11 @@ class Manifest:
 def home() -> Path:
     """The folder for all that Firesteel keeps: FIRESTEEL_HOME, or ~/.cache/firesteel."""
     return Path(os.environ.get("FIRESTEEL_HOME") or "~/.cache/firesteel").expanduser().absolute()
+
+
+def shelves() -> tuple[Path, Path]:
+    """Where models are, and tokenizers without one."""
+    return home() / "models", home() / "tokenizers"
 
 
 def where(entry: ModelEntry, progress: Progress | None = None) -> Path:
@@ -125,13 +130,30 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
 
 def stored() -> list[Path]:
     """The folders of all models that were fetched, by name."""
-    models = home() / "models"
-    return sorted(path for path in models.iterdir() if path.name[0] != ".") if models.is_dir() else []
+    return _kept_in(shelves()[0])
+
+
+def stored_tokenizers() -> list[Path]:
+    """The folders of those whose model was not asked for, by name."""
+    return _kept_in(shelves()[1])
+
+
+def _kept_in(shelf: Path) -> list[Path]:
+    return sorted(path for path in shelf.iterdir() if path.name[0] != ".") if shelf.is_dir() else []
 
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of all files in a model folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all files below a folder, some of which may vanish meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def check(folder: Path, name: str = "NAME") -> Manifest:

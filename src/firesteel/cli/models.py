@@ -1,4 +1,4 @@
-"""`firesteel models …`: what the catalogue offers, what is on this machine, and fetching it."""
+"""`firesteel models …`: what the catalogue offers, what is on this machine, fetching it and letting it go."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from firesteel import store
+from firesteel import removal, store
 from firesteel.catalog import Catalog, load_catalog
 from firesteel.fetching import shown_on_stderr
 from firesteel.sdk.errors import ModelError
 
-app = typer.Typer(help="List and fetch models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, fetch and remove models.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelRow:
 
     name: str
     source: str
-    status: Literal["ready", "not fetched", "unusable"]
+    status: Literal["ready", "not fetched", "unusable", "left over"]
     path: str | None = None
     size: int | None = None
     problem: str | None = None
@@ -34,8 +34,8 @@ class ModelRow:
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for scripts.")] = False,
 ) -> None:
-    """Show the catalogue's models and all others that were fetched."""
-    rows = list(_rows(load_catalog()))
+    """Show the catalogue's models, all others that were fetched, and what killed fetches have left."""
+    rows = [*_rows(load_catalog()), *map(_leftover_row, removal.leftovers())]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
@@ -61,6 +61,49 @@ def pull(
         if here and entry.kind != "folder":
             store.verify(here, entry.name, progress)
     typer.echo(folder)
+
+
+@app.command()
+def rm(
+    name: Annotated[str, typer.Argument(help="Catalogue name, Hugging Face id, or folder in the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Remove a fetched model; whoever needs it later fetches it again. Folders of your own are never touched."""
+    catalog = load_catalog()
+    folders = removal.folders_of(name, catalog)
+    names = {folder.name for folder in folders}
+    left = [leftover for leftover in removal.leftovers() if leftover.of in names]
+    others = [other for other in _names_of(names, catalog) if other != name]
+    if not yes:
+        size = _human(sum(map(store.size_below, [*folders, *(leftover.path for leftover in left)])))
+        shared = f" It is the model of {', '.join(others)}, too." if others else ""
+        where = ", ".join(map(str, folders))
+        typer.confirm(f"remove {name}, {size}, in {where}?{shared}", abort=True)
+    half = sum(map(removal.remove_leftover, left))
+    removed = [removal.remove(folder, name) for folder in folders]
+    freed, elsewhere = half + sum(r.freed for r in removed), sum(r.kept_elsewhere for r in removed)
+    if as_json:
+        content = {"removed": [r.path for r in removed], "freed": freed, "kept_elsewhere": elsewhere}
+        typer.echo(json.dumps({**content, "also_named": others}, indent=1))
+        return
+    for each in removed:
+        typer.echo(f"removed {each.path}")
+    stays = (
+        f", {_human(elsewhere)} stay in the Hugging Face cache, which has the same files" if elsewhere else ""
+    )
+    typer.echo(f"{_human(freed)} freed{stays}")
+
+
+def _names_of(folders: set[str], catalog: Catalog) -> Iterator[str]:
+    """The catalogue's names for what is in these folders of the store."""
+    for name in catalog.models:
+        try:
+            entry = catalog.resolve_model(name)
+            if entry.kind != "folder" and store.where(entry).name in folders:
+                yield name
+        except ModelError:
+            continue  # an entry that leads nowhere leads to none of these
 
 
 def _rows(catalog: Catalog) -> Iterator[ModelRow]:
@@ -92,6 +135,12 @@ def _stored_row(folder: Path) -> ModelRow:
     except ModelError as error:
         return ModelRow(folder.name, "?", "unusable", str(folder), store.size_on_disk(folder), str(error))
     return ModelRow(manifest.name, manifest.source, "ready", str(folder), store.size_on_disk(folder))
+
+
+def _leftover_row(leftover: removal.Leftover) -> ModelRow:
+    path = leftover.path
+    problem = f"{path}: of a fetch that was killed; `firesteel cache clear leftovers` removes it"
+    return ModelRow(leftover.of, "?", "left over", str(path), store.size_below(path), problem)
 
 
 def _human(size: int | None) -> str:

@@ -76,7 +76,7 @@ from firesteel.sdk.types import (
     TensorData,
 )
 from firesteel.sdk.validation import check_data
-from firesteel.sealed import storage_errors, sync
+from firesteel.sealed import FolderInUse, storage_errors, sync
 
 KEPT_FORWARDS = 128
 SHARED_BUDGETS = 4
@@ -131,6 +131,7 @@ class Host:
         self.models: dict[str, HostedModel] = {}
         self._shared_bases: dict[tuple[str, str, str], BaseModel] = {}
         self._verified: set[Path] = set()
+        self._in_use: dict[Path, FolderInUse] = {}
         self._capacity: dict[str, int] = {}
         self._numbers = itertools.count(1)
         # States are copied in their turn and written while training goes on, one after the other.
@@ -220,6 +221,8 @@ class Host:
         """A frozen base is loaded once and shared; a policy that trains all weights has its own copy."""
         shape = operation.shape
         entry, folder = self._fetch(operation.base_model)
+        if entry.kind != "folder" and folder not in self._in_use:
+            self._in_use[folder] = FolderInUse(folder)  # its weights are mapped: `models rm` leaves them
         if entry.kind != "folder" and folder not in self._verified:
             # A flipped bit in the weights would train, and nobody would know.
             store.verify(folder, entry.name)
@@ -426,6 +429,9 @@ class Host:
         self._writer.shutdown()
         self.models.clear()
         self._shared_bases.clear()
+        for folder in self._in_use.values():
+            folder.close()
+        self._in_use.clear()
 
 
 def devices_found() -> tuple[str, ...]:

@@ -142,3 +142,32 @@ def test_an_interrupted_pull_exits_with_130_and_without_a_traceback(tmp_path: Pa
         _, errors = pull.communicate()
     assert pull.returncode == 130
     assert errors == ""
+
+
+def test_rm_asks_says_who_else_means_it_and_how_much_is_freed(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text("models:\n  guide/model: {source: tiny-llama}\n")
+    settings = {"FIRESTEEL_HOME": str(tmp_path / "home"), "FIRESTEEL_CATALOG": str(catalog)}
+    (folder,) = (tmp_path / "home/models").glob("tiny-llama-*")
+    partial = folder.with_name(f".partial-{folder.name}-0a1b2c3d")
+    partial.mkdir()
+    (partial / "half").write_bytes(bytes(10**6))
+    left = json.loads(firesteel("models", "list", "--json", **settings).stdout)
+    assert [(row["status"], row["size"]) for row in left if row["path"] == str(partial)] == [
+        ("left over", 10**6)
+    ]
+    asked = firesteel("models", "rm", "tiny-llama", **settings)  # nobody answers
+    assert (asked.returncode, folder.exists()) == (1, True)
+    assert "It is the model of guide/model, too." in asked.stdout + asked.stderr
+    size = store.size_on_disk(folder)
+    removed = firesteel("models", "rm", "tiny-llama", "--yes", "--json", **settings)
+    assert removed.returncode == 0, removed.stderr
+    assert json.loads(removed.stdout) == {
+        "removed": [str(folder)], "freed": size + 10**6, "kept_elsewhere": 0, "also_named": ["guide/model"],
+    }  # fmt: skip
+    assert not folder.exists()
+    assert not partial.exists()
+    again = firesteel("models", "rm", "tiny-llama", "--yes", **settings)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error[model]: model 'tiny-llama' is not in the store")
