@@ -82,6 +82,12 @@ def remove(folder: Path, name: str) -> Removed:
     return Removed(str(folder), only_here, sum(file.st_size for file in files) - only_here)
 
 
+def remove_unless_fetched(folder: Path) -> bool:
+    """Remove a tokenizer that was fetched, unless a process is fetching it; whether it was removed."""
+    with _unless_held(folder) as free:
+        return free and remove_unless_used(folder)
+
+
 @dataclass(frozen=True)
 class Leftover:
     """What a killed process has left half fetched."""

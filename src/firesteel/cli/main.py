@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import firesteel
-from firesteel.cli import keys, models, recipes, runs, sample, serve
+from firesteel.cli import cache, keys, models, recipes, runs, sample, serve
 from firesteel.sdk.errors import FiresteelError, UserError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("sample")(sample.sample)
 app.command("export")(runs.export)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
+app.add_typer(cache.app, name="cache")
 app.command("serve")(serve.serve)
 app.command("ps")(serve.ps)
 app.add_typer(keys.app, name="keys")

@@ -27,6 +27,7 @@ import numpy as np
 from firesteel.sdk import ConfigError, DataError, Datum, ForwardBackwardOutput, StorageError, TensorData
 from firesteel.sdk.operations import ModelIdentity
 from firesteel.sdk.types import FloatArray
+from firesteel.store import home
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import DistinctDatums, PreferencePair
 
@@ -46,6 +47,11 @@ _SCHEMA_VERSION = 1
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, vals BLOB NOT NULL, crc INTEGER NOT NULL)"
 )
+
+
+def cache_file() -> Path:
+    """The one that all runs share."""
+    return home() / "reference_cache.sqlite"
 
 
 class Reference(Protocol):

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 
 from firesteel.sdk import ServiceClient
-from firesteel.store import home
 from training.utils.checkpoints import ReferenceRecord
 from training.utils.client import ReconnectableClient
 from training.utils.losses import PairLogprobs
@@ -21,6 +20,7 @@ from training.utils.reference_cache import (
     TOLERANCE,
     CacheStatistics,
     ReferenceCache,
+    cache_file,
     reference_logprobs,
 )
 from training.utils.rendering import Renderer
@@ -49,9 +49,8 @@ class References:
         self._client = ReconnectableClient.from_training_client(service.create_reference_client(start=start))
         self.job_id = service.reference_trainer_job_id
         """None where the reference shares the policy's base."""
-        path = home() / "reference_cache.sqlite"
         self._identity = self._client.identify()
-        self._cache = ReferenceCache(path, self._identity, renderer.identity)
+        self._cache = ReferenceCache(cache_file(), self._identity, renderer.identity)
 
     def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
         """What the reference is, and what it says of these pairs now, computed together."""

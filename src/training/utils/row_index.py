@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
-from firesteel.sealed import sync
+from firesteel.sealed import FolderInUse, sync
 from firesteel.store import home
 from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
 from training.utils.rendering import Renderer
@@ -51,6 +51,7 @@ _CODE = ("jsonl", "row_values", "row_forms", "conversations", "preference_exampl
 _RENDERING = ("tokenizer", "chat_template", "rendering")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _STALE_SECONDS = 24 * 3600
+_ATTEMPTS = 4
 
 # Told so many rows, and the bytes of the file that they take.
 Progress = Callable[[int, int], None]
@@ -83,6 +84,8 @@ class RowIndex(Generic[T]):
     folder: Path
     state: FileState
     """Of the data file when it was read."""
+    in_use: FolderInUse
+    """As long as this index is, `firesteel cache clear` leaves its folder."""
 
     @property
     def total(self) -> int:
@@ -109,8 +112,9 @@ def index_rows(
     if on_bad_row not in ("fail", "skip"):
         raise ConfigError(f"on_bad_row: {on_bad_row!r} is neither 'fail' nor 'skip'")
     sha256, state = hash_of_file(path)
-    folder = home() / "row_indexes" / _key(sha256, renderer, kind)
-    header = _read(folder) or _make(_File(path, sha256), _Check(renderer, kind), folder, progress)
+    folder = indexes_folder() / _key(sha256, renderer, kind)
+    file, check = _File(path, sha256), _Check(renderer, kind)
+    header, in_use = _claimed(folder, lambda: _make(file, check, folder, progress))
     first = [
         RowError(path, row.line, row.field, row.reason) for row in islice(_refused(folder), ERRORS_SHOWN)
     ]
@@ -120,7 +124,24 @@ def index_rows(
     if not header.usable:
         refuse_nothing_left(path, first, header.refused, kind.shapes)
     rows = np.load(folder / "rows.npy", mmap_mode="r")
-    return RowIndex(path, sha256, kind, form, rows, header.refused, folder, state)
+    return RowIndex(path, sha256, kind, form, rows, header.refused, folder, state, in_use)
+
+
+def indexes_folder() -> Path:
+    """Where all of them are kept."""
+    return home() / "row_indexes"
+
+
+def _claimed(folder: Path, make: Callable[[], None]) -> tuple[IndexHeader, FolderInUse]:
+    """An index that is there, or is made, and that nobody clears from now on."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            make()
+        with suppress(FileNotFoundError):  # not there yet, or cleared this very moment
+            in_use = FolderInUse(folder)
+            if (header := read_header(folder)) is not None:
+                return header, in_use
+    raise ConfigError(f"row index {folder}: is removed or damaged as often as it is made; find out by what")
 
 
 def _refused(folder: Path) -> Iterator[RefusedRow]:
@@ -140,7 +161,7 @@ def _key(sha256: str, renderer: Renderer, kind: RowKind[Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(folder: Path) -> IndexHeader | None:
+def read_header(folder: Path) -> IndexHeader | None:
     """What an earlier run has kept; None where there is nothing, or not what was written."""
     try:
         content = json.loads((folder / "index.json").read_text())
@@ -167,17 +188,17 @@ class _Check:
     kind: RowKind[Any]
 
 
-def _make(file: _File, check: _Check, folder: Path, progress: Progress) -> IndexHeader:
+def _make(file: _File, check: _Check, folder: Path, progress: Progress) -> None:
     """Written aside, synced, renamed: what is there is whole. Of two makers the first wins; both wrote the same."""
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
         with _held(partial), closing(_checked(file.path, check, progress)) as checked:
             _sweep(folder.parent)
-            header = _write(partial, checked, file.sha256, check.kind)
-        if hash_of_file(file.path)[0] != file.sha256:
-            raise DataError(f"{file.path}: the file was changed while it was read; start again")
-        _put(partial, folder)
+            _write(partial, checked, file.sha256, check.kind)
+            if hash_of_file(file.path)[0] != file.sha256:
+                raise DataError(f"{file.path}: the file was changed while it was read; start again")
+            _put(partial, folder)
     except OSError as error:
         raise ConfigError(
             f"row index {folder}: {error}; set FIRESTEEL_HOME to a writable folder with room"
@@ -185,18 +206,17 @@ def _make(file: _File, check: _Check, folder: Path, progress: Progress) -> Index
     finally:
         for leftover in folder.parent.glob(f"{partial.name}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    return header
 
 
 def _put(partial: Path, folder: Path) -> None:
-    if _read(folder) is not None:
+    if read_header(folder) is not None:
         return
     if folder.exists():
         folder.rename(partial.with_name(f"{partial.name}-damaged"))
     try:
         partial.rename(folder)
     except OSError:
-        if _read(folder) is None:  # otherwise another run was quicker
+        if read_header(folder) is None:  # otherwise another run was quicker
             raise
     sync(folder.parent)
 
@@ -223,7 +243,7 @@ def _chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
         yield chunk
 
 
-def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str, kind: RowKind[Any]) -> IndexHeader:
+def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str, kind: RowKind[Any]) -> None:
     formats, refused, usable = FormatTally(), 0, 0
     raw, listing = folder / "rows.raw", folder / "refused.jsonl"
     with raw.open("wb") as rows, listing.open("w", encoding="utf-8") as bad:
@@ -241,7 +261,6 @@ def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str, kind: RowK
     (folder / "index.json").write_text(json.dumps(asdict(header)))
     for name in ("rows.npy", "refused.jsonl", "index.json", "."):
         sync(folder / name)
-    return header
 
 
 @contextmanager
