@@ -107,6 +107,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "firesteel.sdk.errors",
         "firesteel.sdk.shapes",
     ),
+    "firesteel.machine": (),
+    "firesteel.finding": (),
+    "firesteel.installation": ("firesteel.finding",),
+    "firesteel.model_size": ("firesteel.sealed", "firesteel.sdk.errors"),
     "firesteel.removal": (
         "firesteel.catalog",
         "firesteel.sealed",
@@ -114,6 +118,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "firesteel.sdk.errors",
     ),
     "firesteel.engine": (
+        "firesteel.machine",
+        "firesteel.model_size",
         "firesteel.sdk",
         "firesteel.catalog",
         "firesteel.store",
@@ -133,6 +139,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "firesteel": ("firesteel.connection",),
     "training.utils": (
         "=firesteel",
+        "firesteel.finding",
+        "firesteel.machine",
+        "firesteel.model_size",
         "firesteel.removal",
         "firesteel.connection",
         "firesteel.sdk",

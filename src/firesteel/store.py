@@ -123,9 +123,13 @@ def _check_on_use(folder: Path, entry: ModelEntry) -> None:
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
     """Copy the tokenizer's files, chat template included, from one model folder into another that exists."""
-    for path in folder.iterdir():
-        if any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
-            shutil.copyfile(path, target / path.name)
+    for path in tokenizer_files(folder):
+        shutil.copyfile(path, target / path.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer, chat template included."""
+    return [p for p in folder.iterdir() if any(fnmatch(p.name, pattern) for pattern in TOKENIZER_FILES)]
 
 
 def stored() -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import firesteel
-from firesteel.cli import cache, keys, models, recipes, runs, sample, serve
+from firesteel.cli import cache, doctor, keys, models, recipes, runs, sample, serve
 from firesteel.sdk.errors import FiresteelError, UserError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("export")(runs.export)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
+app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("ps")(serve.ps)
 app.add_typer(keys.app, name="keys")

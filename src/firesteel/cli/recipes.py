@@ -42,7 +42,7 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
         resume_from: str | None = None,
         **flags: str | bool | None,
     ) -> None:
-        values = _read_file(config_file) if config_file else {}
+        values = read_config(config_file) if config_file else {}
         for assignment in set_:
             path, equals, text = assignment.partition("=")
             if not equals:
@@ -108,7 +108,8 @@ def _option(config: type[Settings], path: str) -> tuple[Any, Any]:
     return option, str | None
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings by name, as a YAML file gives them."""
     content = yaml_file.read(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected settings as `name: value`, found {type(content).__name__}")

@@ -7,20 +7,16 @@ weights, and where they are trained their gradient and AdamW's two moments. Acti
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
+from firesteel import machine
+from firesteel.model_size import ITEM_BYTES, TRAINED_COPIES, parameters_of
 from firesteel.sdk.errors import ModelError
 from firesteel.sdk.shapes import TrainingShape
 
-TRAINED_COPIES = 4
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 _GIB = 2**30
 
 
@@ -37,13 +33,12 @@ class Need:
     @classmethod
     def of(cls, name: str, folder: Path, shape: TrainingShape, trained: bool) -> Need:
         """Of a folder in Hugging Face's format, by the heads of its files."""
-        parameters = sum(map(_parameters_in, folder.glob("*.safetensors")))
-        return cls(name, parameters, shape.dtype, TRAINED_COPIES if trained else 1)
+        return cls(name, parameters_of(folder), shape.dtype, TRAINED_COPIES if trained else 1)
 
     @property
     def bytes(self) -> int:
         """In all."""
-        return self.parameters * self.copies * int(getattr(torch, self.dtype).itemsize)
+        return self.parameters * self.copies * ITEM_BYTES[self.dtype]
 
     def refuse_if_more(self, capacity: int, held: int) -> None:
         """Raise `ModelError` with the numbers unless it fits beside what is held."""
@@ -61,15 +56,4 @@ def capacity_of(device: str) -> int:
     """Bytes that models may take on this kind of device: all of a GPU, what is available now of main memory."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
-    if not _MEMINFO.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = _MEMINFO.read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    limit = _CGROUP.read_text().strip() if _CGROUP.exists() else "max"
-    return available if limit == "max" else min(available, int(limit))
-
-
-def _parameters_in(path: Path) -> int:
-    with path.open("rb") as file:
-        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
+    return machine.memory().free

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from firesteel import store
 from firesteel.catalog import ModelEntry, load_catalog
-from firesteel.engine.capacity import TRAINED_COPIES, Need, capacity_of
+from firesteel.engine.capacity import Need, capacity_of
+from firesteel.engine.devices import devices_found
 from firesteel.engine.logprobs import Asked
 from firesteel.engine.models import (
     BaseModel,
@@ -29,7 +28,6 @@ from firesteel.engine.packing import plan
 from firesteel.engine.sampling import sample
 from firesteel.engine.states import is_state, read_start, read_state, write_state
 from firesteel.engine.trainer import (
-    ACTIVATION_TOKEN_BUDGET,
     Retained,
     Scores,
     Sequences,
@@ -38,7 +36,8 @@ from firesteel.engine.trainer import (
     slopes_of,
 )
 from firesteel.fetching import shown_on_stderr
-from firesteel.sdk.errors import CheckpointError, ConfigError, ModelError, OperationError
+from firesteel.model_size import ACTIVATION_TOKEN_BUDGET, TRAINED_COPIES
+from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
 from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
@@ -80,7 +79,6 @@ from firesteel.sealed import FolderInUse, storage_errors, sync
 
 KEPT_FORWARDS = 128
 SHARED_BUDGETS = 4
-DEVICE_VARIABLE = "FIRESTEEL_DEVICE"
 
 
 @dataclass(frozen=True)
@@ -432,17 +430,6 @@ class Host:
         for folder in self._in_use.values():
             folder.close()
         self._in_use.clear()
-
-
-def devices_found() -> tuple[str, ...]:
-    """The kinds of device of this machine, the preferred one first; `FIRESTEEL_DEVICE` names the only one to use."""
-    found = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    chosen = os.environ.get(DEVICE_VARIABLE)
-    if not chosen:
-        return found
-    if chosen not in found:
-        raise ConfigError(f"{DEVICE_VARIABLE}={chosen}: this machine has {' and '.join(found)}")
-    return (chosen,)
 
 
 def _sequences(model: HostedModel, data: tuple[Datum, ...], weighted_only: bool) -> Sequences:

@@ -26,6 +26,7 @@ from firesteel.engine.packing import MicroBatch
 from firesteel.engine.plain import plain_layers, plain_pass, pull, sketch
 from firesteel.engine.states import Belonging, Environment, TrainerState
 from firesteel.fetching import quiet_transformers
+from firesteel.model_size import ACTIVATION_TOKEN_BUDGET
 from firesteel.sdk.errors import CheckpointError, ModelError, OperationError
 from firesteel.sdk.operations import PlainAttention
 from firesteel.sdk.types import AdamParams, Datum, FloatArray, GradientSketch, IntArray, LoraConfig
@@ -33,9 +34,8 @@ from firesteel.sdk.types import AdamParams, Datum, FloatArray, GradientSketch, I
 logger = logging.getLogger("firesteel")
 
 # Tokens after sharing, by kind of device. One pass: enough for products at full speed, few enough that the
-# element-wise work between them stays in a cache. Kept graphs: memory. Measured: benchmarks/RESULTS.md.
+# element-wise work between them stays in a cache. Measured: benchmarks/RESULTS.md.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
-ACTIVATION_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from firesteel.catalog import load_catalog
-from firesteel.engine.host import devices_found
+from firesteel.engine.devices import devices_found
 from firesteel.sdk.errors import ClosedError, ConfigError, FiresteelError, OperationError
 from firesteel.sdk.operations import ResolveShape
 from firesteel.sdk.service_client import REFERENCE_MODES, policy_mode

@@ -137,7 +137,9 @@ def _claimed(folder: Path, make: Callable[[], None]) -> tuple[IndexHeader, Folde
     for attempt in range(_ATTEMPTS):
         if attempt:
             make()
-        with suppress(OSError):  # not there yet, or cleared this very moment; what else may be wrong, `make` says
+        with suppress(
+            OSError
+        ):  # not there yet, or cleared this very moment; what else may be wrong, `make` says
             in_use = FolderInUse(folder)
             if (header := read_header(folder)) is not None:
                 return header, in_use

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import VOCABULARY, make_pairs
 from firesteel.engine import host
-from firesteel.engine.trainer import ACTIVATION_TOKEN_BUDGET
+from firesteel.model_size import ACTIVATION_TOKEN_BUDGET
 from firesteel.service.service import Limits
 from stock import ADAM, Failure, Refusal, Standing, StockModel, as_json, call, standing, text
 from transports import RecordingEngine

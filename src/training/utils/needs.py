@@ -1,0 +1,208 @@
+"""What a config will need, by arithmetic, and whether it is there: model, data, memory, disk. Loads nothing.
+
+Memory and disk follow from the numbers of parameters and the token budget. They are upper estimates: what a run on this
+machine really takes, `firesteel data check --estimate` finds out by timing a step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from firesteel import machine, store
+from firesteel.catalog import ModelEntry, load_catalog
+from firesteel.finding import Finding, size
+from firesteel.model_size import ACTIVATION_TOKEN_BUDGET, ITEM_BYTES, STATE_COPIES, TRAINED_COPIES, ModelSize
+from firesteel.sdk import FiresteelError
+from firesteel.sdk.service_client import REFERENCE_MODES, ReferenceStrategy, decide_reference, policy_mode
+from firesteel.sdk.shapes import TrainingShape
+from training.utils.jsonl import located_rows
+from training.utils.preference_settings import PreferenceSettings
+from training.utils.run_folder import is_a_run
+from training.utils.runs import is_held
+
+PROGRAM_BYTES = 600_000_000
+"""What Python, torch and transformers take before a model is loaded."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where models would be loaded, and what is free there."""
+
+    kinds: Sequence[str]
+    """The preferred one first."""
+    free: int
+
+
+def findings_before_torch(config: PreferenceSettings) -> Iterator[Finding]:
+    """Model, tokenizer, data, the run's folder, trackers."""
+    yield from _model(config.base_model, "model")
+    if config.tokenizer_model and config.tokenizer_model != config.base_model:
+        yield from _model(config.tokenizer_model, "tokenizer")
+    for name, path in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)):
+        if path:
+            yield _data(name, path)
+    yield _run_folder(Path(config.log_path))
+    if (config.wandb.project or config.wandb.entity) and importlib.util.find_spec("wandb") is None:
+        says = "settings for Weights & Biases, which is not installed"
+        yield Finding("config", "wandb", says, "problem", "pip install 'firesteel[wandb]'")
+
+
+def _model(name: str, subject: str) -> Iterator[Finding]:
+    try:
+        entry = load_catalog().resolve_model(name)
+        folder = store.find(entry)
+    except FiresteelError as error:
+        yield Finding("config", subject, str(error), "problem")
+        return
+    if folder is None:
+        yield _to_be_fetched(name, entry, subject)
+        return
+    taken = store.size_on_disk(folder)
+    values = {"path": str(folder), "bytes": taken}
+    yield Finding("config", subject, f"{name}: ready, {size(taken)}, {folder}", values=values)
+    if not store.tokenizer_files(folder):
+        says = f"there are no files of a tokenizer in {folder}"
+        yield Finding("config", "tokenizer", says, "problem", "name a tokenizer_model, or add them")
+
+
+def _to_be_fetched(name: str, entry: ModelEntry, subject: str) -> Finding:
+    todo = f"firesteel models pull {name}"
+    if entry.kind == "hub" and os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        says = f"{name} is not here, and HF_HUB_OFFLINE forbids to ask the hub for it"
+        return Finding("config", subject, says, "problem", f"unset it, then {todo}")
+    says = f"{name} is not here; a run fetches it first from {entry.source} (its size is known then)"
+    return Finding("config", subject, says, "note", todo)
+
+
+def _data(name: str, path: str) -> Finding:
+    try:
+        bytes_ = os.path.getsize(path)
+        first = next(located_rows(path), None)
+    except (FiresteelError, OSError) as error:
+        return Finding("config", name, str(error), "problem", f"firesteel data check {path}")
+    if first is None:
+        return Finding("config", name, f"{path} holds no row", "problem")
+    return Finding(
+        "config", name, f"{path}: {size(bytes_)}, can be read; `firesteel data check {path}` reads all of it",
+        values={"bytes": bytes_},
+    )  # fmt: skip
+
+
+def _run_folder(path: Path) -> Finding:
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        says = f"{path}: {there} cannot be written to"
+        return Finding("config", "log_path", says, "problem", "name a folder that can be written to")
+    if not is_a_run(path / "config.json"):
+        return Finding("config", "log_path", f"{path}: a new run")
+    if is_held(path):
+        says = f"{path}: another process is writing to it"
+        return Finding("config", "log_path", says, "problem", "wait for it, or name another folder")
+    says = f"{path} holds a run: it is gone on with, or moved to previous-<n>/ where it has no checkpoints"
+    return Finding("config", "log_path", says, "note", f"firesteel runs show {path}")
+
+
+def findings_on(config: PreferenceSettings, device: Device) -> Iterator[Finding]:
+    """Shapes, memory and disk, with a trainer in this process."""
+    try:
+        shapes = _shapes(config, device.kinds)
+        folder = store.find(load_catalog().resolve_model(config.base_model))
+        yield Finding("config", "trainer", "; ".join(f"{shape.name}: {shape.dtype}" for shape in shapes))
+        if folder is not None:
+            estimate = Estimate.of(config, ModelSize.of(folder), shapes)
+            yield estimate.memory(device.free)
+            yield from estimate.disk(config, machine.disk_free(Path(config.log_path)))
+    except FiresteelError as error:
+        yield Finding("config", "trainer", str(error), "problem")
+        return
+    if folder is None:
+        yield Finding("config", "memory", "known once the model is here", "note")
+
+
+def _shapes(config: PreferenceSettings, kinds: Sequence[str]) -> list[TrainingShape]:
+    """Of the policy, and of a reference that is a model of its own."""
+    catalog, named = load_catalog(), config.trainer
+    model, longest = config.base_model, config.max_seq_len
+    modes = (policy_mode(config.lora_rank),)
+    found = [catalog.resolve_shape(named.training_shape_id, model, modes, longest, kinds)]
+    strategy = decide_reference(config.lora_rank, named.reference_training_shape_id)
+    if config.reference_settings is not None and strategy is ReferenceStrategy.SEPARATE:
+        shape = named.reference_training_shape_id
+        found.append(catalog.resolve_shape(shape, model, REFERENCE_MODES, longest, kinds))
+    return found
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes."""
+
+    weights: int
+    """Frozen ones, and the reference's."""
+    trained: int
+    """Those that are trained, with their gradient and AdamW's moments."""
+    activations: int
+    """Kept between a forward and its backward, at most."""
+    tokens: int
+    """Of these."""
+    state: int
+    """Of a checkpoint."""
+    exported: int
+
+    @classmethod
+    def of(cls, config: PreferenceSettings, model: ModelSize, shapes: Sequence[TrainingShape]) -> Estimate:
+        """By the numbers of parameters."""
+        policy, *references = shapes
+        item, frozen = ITEM_BYTES[policy.dtype], sum(ITEM_BYTES[shape.dtype] for shape in references)
+        rank = config.lora_rank
+        # An adapter is float32 on any base.
+        trained = rank * model.per_rank * 4 if rank else model.parameters * item
+        tokens = config.trainer.activation_token_budget or ACTIVATION_TOKEN_BUDGET[policy.device]
+        if config.max_seq_len:
+            tokens = min(tokens, config.batch_size * 2 * config.max_seq_len)
+        return cls(
+            weights=model.parameters * (frozen + (item if rank else 0)),
+            trained=trained * TRAINED_COPIES,
+            activations=tokens * model.activations_per_token * item,
+            tokens=tokens,
+            state=trained * STATE_COPIES,
+            exported=trained,
+        )
+
+    def memory(self, free: int) -> Finding:
+        """Compared with what is free."""
+        stays = self.weights + self.trained + PROGRAM_BYTES
+        most = stays + self.activations
+        says = (
+            f"up to {size(most)}, by arithmetic: {size(self.weights)} frozen weights, {size(self.trained)} trained "
+            f"ones with gradient and optimizer, {size(self.activations)} activations of {self.tokens:,} tokens, "
+            f"{size(PROGRAM_BYTES)} the program; {size(free)} are free"
+        )
+        values = {"most": most, "stays": stays, "free": free, "activations": self.activations}
+        if stays > free:
+            todo = "train an adapter (lora_rank), use a smaller model, or a larger machine"
+            return Finding("config", "memory", says, "problem", todo, values)
+        if most > free:
+            todo = "a smaller trainer.activation_token_budget, or max_seq_len"
+            return Finding("config", "memory", says, "note", todo, values)
+        return Finding("config", "memory", says, values=values)
+
+    def disk(self, config: PreferenceSettings, free: int) -> Iterator[Finding]:
+        """Compared with what is free at the run's folder."""
+        kept = (
+            (config.keep_last or 0) + 1 if config.dcp_save_interval else 0
+        )  # a new one is there before an old one goes
+        least = kept * self.state + self.exported
+        says = f"{size(self.exported)} for the result"
+        if config.dcp_save_interval:
+            many = f"{config.keep_last} are kept" if config.keep_last else "all are kept (keep_last)"
+            says += f", {size(self.state)} for each checkpoint, of which {many}"
+        values = {"least": least, "each_checkpoint": self.state, "free": free}
+        enough = least <= free
+        yield Finding(
+            "config", "disk", f"{says}; {size(free)} are free", "ok" if enough else "problem",
+            None if enough else "make room, keep fewer checkpoints, or name another log_path", values,
+        )  # fmt: skip

@@ -1,0 +1,135 @@
+"""What a config is said to need, against what its run then has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import RANKS, config
+
+from firesteel import store
+from firesteel.catalog import load_catalog
+from firesteel.finding import Finding
+from firesteel.model_size import ModelSize
+from training.recipes.dpo_loop import Config, main
+from training.utils.needs import PROGRAM_BYTES, Device, Estimate, findings_before_torch, findings_on
+from training.utils.run_folder import RunFolder
+
+ROOMY = Device(("cpu",), 10**15)
+
+
+def tiny() -> ModelSize:
+    return ModelSize.of(store.fetch(load_catalog().resolve_model("tiny-llama")))
+
+
+def found(settings: Config, device: Device = ROOMY) -> dict[str, Finding]:
+    tiny()
+    return {
+        finding.subject: finding
+        for finding in (*findings_before_torch(settings), *findings_on(settings, device))
+    }
+
+
+def problems(settings: Config, device: Device = ROOMY) -> dict[str, str]:
+    return {s: f.says for s, f in found(settings, device).items() if f.verdict == "problem"}
+
+
+@RANKS
+def test_what_a_run_writes_is_what_was_said(tmp_path: Path, rank: int) -> None:
+    settings = config(tmp_path, lora_rank=rank, dcp_save_interval=1, keep_last=2)
+    said = found(settings)["disk"].values
+    main(settings)
+    run = Path(settings.log_path)
+    (state,) = (run / "checkpoints").glob("step-3")
+    written = sum((state / f"{name}.safetensors").stat().st_size for name in ("weights", "optimizer"))
+    (result,) = run.glob("*/*model.safetensors")
+    assert said["each_checkpoint"] == pytest.approx(written, rel=0.15)
+    assert said["least"] == pytest.approx(3 * written + result.stat().st_size, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "trained"),
+    [
+        ({"lora_rank": 4}, 4, 0),
+        ({"lora_rank": 0}, 4, 16),
+        ({"lora_rank": 0, "loss": "simpo", "beta": 2.0}, 0, 16),
+    ],
+    ids=["a shared base", "a reference of its own", "no reference"],
+)
+def test_weights_are_counted_once_frozen_and_four_times_where_they_are_trained(
+    tmp_path: Path, settings: dict[str, Any], weights: int, trained: int
+) -> None:
+    size, run = tiny(), config(tmp_path, **settings)
+    said = found(run)["memory"].values
+    adapter = 16 * 4 * size.per_rank if settings["lora_rank"] else 0
+    assert said["stays"] == PROGRAM_BYTES + (weights + trained) * size.parameters + adapter
+    assert said["activations"] == 4096 * size.activations_per_token * 4
+    assert said["most"] == said["stays"] + said["activations"]
+
+
+def test_a_step_that_is_shorter_than_the_budget_keeps_less(tmp_path: Path) -> None:
+    said = [
+        found(config(tmp_path, **settings))["memory"].values["activations"]
+        for settings in ({"max_seq_len": 100, "batch_size": 2}, {"trainer": {"activation_token_budget": 400}})
+    ]
+    assert said == [400 * tiny().activations_per_token * 4] * 2
+
+
+def test_what_stays_must_fit_and_activations_should(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    said = found(settings)["memory"].values
+    verdicts = [
+        found(settings, Device(("cpu",), free))["memory"].verdict
+        for free in (said["most"], said["most"] - 1, said["stays"], said["stays"] - 1)
+    ]
+    assert verdicts == ["ok", "note", "note", "problem"]
+
+
+def test_a_disk_that_is_too_full_is_a_problem(tmp_path: Path) -> None:
+    estimate = Estimate(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
+    settings = config(tmp_path, dcp_save_interval=1, keep_last=2)
+    verdicts = [next(estimate.disk(settings, free)).verdict for free in (35, 34)]
+    assert verdicts == ["ok", "problem"]  # a third is there before the oldest goes
+
+
+def test_a_run_that_can_start_has_no_problem_and_a_finished_one_is_noted(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    assert problems(settings) == {}
+    assert found(settings)["log_path"].says.endswith("a new run")
+    main(settings)
+    assert (found(settings)["log_path"].verdict, problems(settings)) == ("note", {})
+
+
+def test_what_would_stop_a_run_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "file").write_text("")
+    wrong: dict[str, dict[str, Any]] = {
+        "dataset": {"dataset": str(tmp_path / "none.jsonl")},
+        "eval_dataset": {"eval_dataset": str(tmp_path / "empty.jsonl")},
+        "model": {"base_model": "./nowhere"},
+        "tokenizer": {"tokenizer_model": "nobody"},
+        "trainer": {"trainer": {"training_shape_id": "nothing"}},
+        "log_path": {"log_path": str(tmp_path / "file/run")},
+    }
+    for subject, settings in wrong.items():
+        assert subject in problems(config(tmp_path, **settings)), subject
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in problems(config(tmp_path, base_model="org/model"))["model"]
+
+
+def test_a_folder_that_is_written_to_is_a_problem(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    main(settings)
+    held = RunFolder.open(settings.log_path)
+    assert "another process is writing" in problems(settings)["log_path"]
+    held.close()
+
+
+def test_a_model_that_is_not_here_is_noted_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
+    settings = config(tmp_path)
+    (model,) = (f for f in findings_before_torch(settings) if f.subject == "model")
+    assert (model.verdict, model.todo) == ("note", "firesteel models pull tiny-llama")
