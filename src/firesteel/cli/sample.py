@@ -42,8 +42,8 @@ def sample(
         raise ConfigError(f"--prompt {empty[0]!r} says nothing; write what the user asks")
     sampling = Sampling(max_tokens, temperature, seed)
     subject = subject_of(run, step, base)
-    typer.echo(f"sampling: {subject.described}", err=True)
     with trying(subject) as tried:
+        typer.echo(f"sampling: {tried.subject.described}", err=True)
         if prompt:
             exchanges: Iterator[Exchange] = iter(tried.exchanges(prompt, sampling, base))
         else:

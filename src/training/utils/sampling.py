@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import firesteel
@@ -94,6 +94,13 @@ class Subject:
     weights: RunWeights | None = None
     lora: LoraConfig | None = None
     trainer: TrainerConfig | None = None
+    run: Path | None = None
+    step: int | None = None
+    """That was asked for."""
+
+    def as_it_is_now(self) -> Subject:
+        """With the weights that are the newest by now: a run that is training saves others, and prunes."""
+        return self if self.run is None else replace(self, weights=weights_of(self.run, self.step))
 
     @property
     def described(self) -> str:
@@ -133,7 +140,8 @@ def subject_of(name: str, step: int | None = None, with_base: bool = False) -> S
     run = Path(name)
     if is_a_run(run / "config.json"):
         model = RunModel.of(run)
-        return Subject(model.base_model, model.tokenizer, weights_of(run, step), model.lora, model.trainer)
+        weights = weights_of(run, step)
+        return Subject(model.base_model, model.tokenizer, weights, model.lora, model.trainer, run, step)
     if run.is_dir() and not (run / "config.json").is_file():
         raise CheckpointError(f"{run} is the folder neither of a run nor of a model{_meant(run)}")
     if step is not None or with_base:
@@ -160,12 +168,12 @@ class Tried:
     """The models that are tried, loaded when they are first asked. See `trying`."""
 
     def __init__(self, service: ServiceClient, subject: Subject) -> None:
-        self._subject = subject
         self._service = service
         self._renderer = Renderer.load(subject.tokenizer)
         self._renderer.question("?")  # what the tokenizer lacks is known before a model is loaded
         self._trained: ReconnectableClient | None = None
         self._base: ReconnectableClient | None = None
+        self.subject = subject.as_it_is_now()  # last: getting here has taken seconds
 
     def exchange(self, prompt: str, sampling: Sampling, with_base: bool) -> Exchange:
         """One prompt now. What was loaded stays: of a run that trained all weights that may be two models."""
@@ -180,7 +188,7 @@ class Tried:
         answers = [ask(self._trained_client(), self._renderer, prompt, sampling) for prompt in prompts]
         if not with_base:
             return [Exchange(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)]
-        if self._subject.lora is None:
+        if self.subject.lora is None:
             self._service.release_references()
             self._trained = None
         others = [ask(self._base_client(), self._renderer, prompt, sampling) for prompt in prompts]
@@ -188,12 +196,12 @@ class Tried:
 
     def _trained_client(self) -> ReconnectableClient:
         if self._trained is None:
-            self._trained = ReconnectableClient.from_training_client(self._subject.load(self._service))
+            self._trained = ReconnectableClient.from_training_client(self.subject.load(self._service))
         return self._trained
 
     def _base_client(self) -> ReconnectableClient:
         if self._base is None:
-            client = self._service.create_reference_client(self._subject.base_model)
+            client = self._service.create_reference_client(self.subject.base_model)
             self._base = ReconnectableClient.from_training_client(client)
         return self._base
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from firesteel.cli.main import app
 from firesteel.sdk import CheckpointError, ConfigError, ModelError
 from training.recipes.dpo_loop import main
+from training.utils.sampling import Sampling, subject_of, trying
 from transports import service_in, serving
 
 PROMPTS = ("Question 1?", "Question 2?")
@@ -75,6 +77,25 @@ def test_an_earlier_step_says_something_else(folder: Path) -> None:
     assert last == asked(run, *of(), "--max-tokens", 64)
     with pytest.raises(CheckpointError, match="no checkpoint of step 4; there is 3, 6"):
         firesteel(run, *of(), "--step", 4)
+
+
+def test_of_a_run_that_goes_on_the_newest_checkpoint_is_tried_though_the_one_before_was_pruned(
+    folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "lora/run", run)
+    (run / "summary.json").unlink()
+    shutil.move(run / "checkpoints/step-6", tmp_path / "later")
+    (run / "checkpoints.jsonl").write_text((run / "checkpoints.jsonl").read_text().splitlines()[0] + "\n")
+    subject = subject_of(str(run))
+    assert subject.weights is not None
+    assert subject.weights.name == "step-3"
+    shutil.rmtree(run / "checkpoints/step-3")
+    shutil.move(tmp_path / "later", run / "checkpoints/step-6")
+    (run / "checkpoints.jsonl").write_text("")
+    with trying(subject) as tried:
+        answer = tried.exchange(PROMPTS[0], Sampling(TOKENS), with_base=False).answer
+    assert answer.text == written(run, "after")[0]
 
 
 @RANKS
