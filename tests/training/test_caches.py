@@ -19,6 +19,7 @@ from firesteel.sdk import AdamParams, DataError
 from training.recipes.dpo_loop import main
 from training.utils.caches import CacheEntry, clear, list_caches, list_kept
 from training.utils.client import ReconnectableClient
+from training.utils.preference_data import PREFERENCES
 from training.utils.reference_cache import cache_file
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows, indexes_folder
@@ -79,7 +80,7 @@ def test_what_a_run_uses_stays_while_it_trains_and_the_run_does_not_notice(
 
 def test_an_index_that_is_cleared_is_made_again_and_one_that_is_open_can_be_read(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", 5)
-    index = index_rows(data, Renderer.load("tiny-llama"))
+    index = index_rows(data, Renderer.load("tiny-llama"), PREFERENCES)
     (rows,) = list_caches()
     assert rows.data_sha256 == index.sha256
     assert what_stays([rows]) == ["rows"]
@@ -87,7 +88,7 @@ def test_an_index_that_is_cleared_is_made_again_and_one_that_is_open_can_be_read
     del index
     assert what_stays([rows]) == []
     assert kinds() == []
-    assert (index_rows(data, Renderer.load("tiny-llama")).rows == before).all()
+    assert (index_rows(data, Renderer.load("tiny-llama"), PREFERENCES).rows == before).all()
 
 
 def test_an_index_that_another_process_is_making_stays_and_what_a_killed_one_left_goes(home: Path) -> None:

@@ -18,7 +18,7 @@ from firesteel.finding import Finding, size
 from firesteel.sdk.errors import FiresteelError
 
 if TYPE_CHECKING:
-    from training.utils.preference_settings import PreferenceSettings
+    from training.utils.training_settings import TrainingSettings
 
 _SERVER_SECONDS = 3
 _SIGNS = {"ok": "ok", "note": "--", "problem": "!!"}
@@ -28,7 +28,9 @@ def doctor(
     config_file: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings of a run: can it run here?")
     ] = None,
-    recipe: Annotated[Literal["dpo", "orpo"], typer.Option(help="Which recipe these are for.")] = "dpo",
+    recipe: Annotated[
+        Literal["dpo", "orpo", "sft"], typer.Option(help="Which recipe these are for.")
+    ] = "dpo",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Look at this machine and installation, and at what a config will need. Exit code 2: a run would stop."""
@@ -63,7 +65,7 @@ def _findings(config_file: Path | None, recipe: str) -> Iterator[Finding]:
     server = os.environ.get("FIRESTEEL_BASE_URL")
     if server and server != "local":
         yield _server(server)
-    config: PreferenceSettings | None = None
+    config: TrainingSettings | None = None
     if config_file is not None:
         try:
             config = _read(config_file, recipe)
@@ -143,15 +145,19 @@ def _server(address: str) -> Finding:
     return Finding("server", shown, "it answers")
 
 
-def _read(file: Path, recipe: str) -> PreferenceSettings:
+def _read(file: Path, recipe: str) -> TrainingSettings:
     from firesteel.cli.recipes import read_config
-    from training.recipes import dpo_loop, orpo_loop
+    from training.recipes import dpo_loop, orpo_loop, sft_loop
 
-    configs: dict[str, type[PreferenceSettings]] = {"dpo": dpo_loop.Config, "orpo": orpo_loop.Config}
+    configs: dict[str, type[TrainingSettings]] = {
+        "dpo": dpo_loop.Config,
+        "orpo": orpo_loop.Config,
+        "sft": sft_loop.Config,
+    }
     return configs[recipe](**read_config(file))
 
 
-def _torch(config: PreferenceSettings | None, remote: bool) -> Iterator[Finding]:
+def _torch(config: TrainingSettings | None, remote: bool) -> Iterator[Finding]:
     import torch
 
     from firesteel.engine.capacity import capacity_of

@@ -20,9 +20,9 @@ from firesteel.sdk import FiresteelError
 from firesteel.sdk.service_client import REFERENCE_MODES, ReferenceStrategy, decide_reference, policy_mode
 from firesteel.sdk.shapes import TrainingShape
 from training.utils.jsonl import located_rows
-from training.utils.preference_settings import PreferenceSettings
 from training.utils.run_folder import is_a_run
 from training.utils.runs import is_held
+from training.utils.training_settings import TrainingSettings
 
 PROGRAM_BYTES = 600_000_000
 """What Python, torch and transformers take before a model is loaded."""
@@ -37,7 +37,7 @@ class Device:
     free: int
 
 
-def findings_before_torch(config: PreferenceSettings) -> Iterator[Finding]:
+def findings_before_torch(config: TrainingSettings) -> Iterator[Finding]:
     """Model, tokenizer, data, the run's folder, trackers."""
     yield from _model(config.base_model, "model")
     if config.tokenizer_model and config.tokenizer_model != config.base_model:
@@ -106,7 +106,7 @@ def _run_folder(path: Path) -> Finding:
     return Finding("config", "log_path", says, "note", f"firesteel runs show {path}")
 
 
-def findings_on(config: PreferenceSettings, device: Device) -> Iterator[Finding]:
+def findings_on(config: TrainingSettings, device: Device) -> Iterator[Finding]:
     """Shapes, memory and disk, with a trainer in this process."""
     try:
         shapes = _shapes(config, device.kinds)
@@ -123,7 +123,7 @@ def findings_on(config: PreferenceSettings, device: Device) -> Iterator[Finding]
         yield Finding("config", "memory", "known once the model is here", "note")
 
 
-def _shapes(config: PreferenceSettings, kinds: Sequence[str]) -> list[TrainingShape]:
+def _shapes(config: TrainingSettings, kinds: Sequence[str]) -> list[TrainingShape]:
     """Of the policy, and of a reference that is a model of its own."""
     catalog, named = load_catalog(), config.trainer
     model, longest = config.base_model, config.max_seq_len
@@ -153,7 +153,7 @@ class Estimate:
     exported: int
 
     @classmethod
-    def of(cls, config: PreferenceSettings, model: ModelSize, shapes: Sequence[TrainingShape]) -> Estimate:
+    def of(cls, config: TrainingSettings, model: ModelSize, shapes: Sequence[TrainingShape]) -> Estimate:
         """By the numbers of parameters."""
         policy, *references = shapes
         item, frozen = ITEM_BYTES[policy.dtype], sum(ITEM_BYTES[shape.dtype] for shape in references)
@@ -161,8 +161,6 @@ class Estimate:
         # An adapter is float32 on any base.
         trained = rank * model.per_rank * 4 if rank else model.parameters * item
         tokens = config.trainer.activation_token_budget or ACTIVATION_TOKEN_BUDGET[policy.device]
-        if config.max_seq_len:
-            tokens = min(tokens, config.batch_size * 2 * config.max_seq_len)
         return cls(
             weights=model.parameters * (frozen + (item if rank else 0)),
             trained=trained * TRAINED_COPIES,
@@ -190,7 +188,7 @@ class Estimate:
             return Finding("config", "memory", says, "note", todo, values)
         return Finding("config", "memory", says, values=values)
 
-    def disk(self, config: PreferenceSettings, free: int) -> Iterator[Finding]:
+    def disk(self, config: TrainingSettings, free: int) -> Iterator[Finding]:
         """Compared with what is free at the run's folder."""
         kept = (
             (config.keep_last or 0) + 1 if config.dcp_save_interval else 0

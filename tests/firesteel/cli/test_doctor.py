@@ -99,6 +99,10 @@ def test_the_recipe_decides_which_settings_there_are(tmp_path: Path) -> None:
     file = config_file(tmp_path, orpo_lambda=0.2)
     assert doctor(file)[0] == 2
     assert doctor(file, "--recipe", "orpo")[0] == 0
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "Question?", "completion": "Answer."}\n')
+    file = config_file(tmp_path, dataset=str(tmp_path / "chats.jsonl"), max_examples=1)
+    assert doctor(file)[0] == 2
+    assert doctor(file, "--recipe", "sft")[0] == 0
 
 
 def test_a_server_is_asked_and_one_that_is_not_there_is_a_problem(

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from firesteel.cli.main import app
 from firesteel.sdk import CheckpointError, ConfigError, ModelError
+from training.recipes import sft_loop
 from training.recipes.dpo_loop import main
 from training.utils.sampling import Sampling, subject_of, trying
 from transports import service_in, serving
@@ -173,3 +174,18 @@ def test_at_a_terminal_a_line_that_cannot_be_answered_does_not_end_the_session(f
     )  # fmt: skip
     assert ran.stdout.count("> error[operation]: sample: ") == 2
     assert "Traceback" not in ran.stdout
+
+
+def test_a_run_of_another_recipe_is_tried_just_so(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "completion": "yes"}) + "\n" for p in PROMPTS))
+    settings = {"sample_prompts": PROMPTS, "sample_max_tokens": TOKENS, "learning_rate": 1e-2, "epochs": 3}
+    run = tmp_path / "run"
+    sft_loop.main(
+        sft_loop.Config(
+            log_path=str(run), base_model="tiny-llama", dataset=str(data), lora_rank=4, **settings
+        )
+    )
+    assert [one["answer"]["text"] for one in asked(run, *of(), "--max-tokens", TOKENS)] == written(
+        run, "after"
+    )
