@@ -19,7 +19,7 @@ from firesteel.sdk import AdamParams, DataError
 from training.recipes.dpo_loop import main
 from training.utils.caches import CacheEntry, clear, list_caches, list_kept
 from training.utils.client import ReconnectableClient
-from training.utils.preference_data import PREFERENCES
+from training.utils.preference_rows import PREFERENCES
 from training.utils.reference_cache import cache_file
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows, indexes_folder

@@ -13,6 +13,8 @@ from runs import RANKS, config
 from typer.testing import CliRunner
 
 from firesteel.cli.main import app
+from firesteel.engine import host
+from firesteel.model_size import parameters_of
 from firesteel.sdk import CheckpointError, ConfigError, ModelError
 from training.recipes import sft_loop
 from training.recipes.dpo_loop import main
@@ -69,6 +71,17 @@ def test_the_lines_of_standard_input_are_prompts_and_its_end_is_the_end(folder: 
     settings = ("--base", "--max-tokens", TOKENS)
     assert asked(run, *settings, stdin="\n".join(PROMPTS)) == asked(run, *of(), *settings)
     assert firesteel(run, stdin="") == ""
+
+
+def test_of_all_weights_and_their_base_one_is_in_memory_at_a_time_unless_lines_are_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = 4 * parameters_of(folder / "full/run/model")
+    monkeypatch.setattr(host, "capacity_of", lambda device: int(1.5 * one))
+    with trying(subject_of(str(folder / "full/run"))) as tried:
+        assert len(tried.exchanges(PROMPTS, Sampling(TOKENS), with_base=True)) == 2
+    with trying(subject_of(str(folder / "full/run"))) as tried, pytest.raises(ModelError, match="needs 0"):
+        tried.exchange(PROMPTS[0], Sampling(TOKENS), with_base=True)
 
 
 def test_an_earlier_step_says_something_else(folder: Path) -> None:
