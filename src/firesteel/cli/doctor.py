@@ -189,7 +189,8 @@ def _gpus() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            says = f"{torch.cuda.get_device_name(index)}, {size(free)} free of {size(total)}, driver {version or '?'}"
+            by = version[0] if version else "unknown"
+            says = f"{torch.cuda.get_device_name(index)}, {size(free)} free of {size(total)}, driver {by}"
             yield Finding("devices", f"cuda:{index}", says, values={"free": free, "total": total})
         return
     if torch.version.cuda is None:
