@@ -359,7 +359,7 @@ def test_a_held_out_file_that_repeats_trained_prompts_is_said_to(
 ) -> None:
     settings = config(tmp_path)
     main(settings.model_copy(update={"eval_dataset": settings.dataset}))
-    assert "eval_dataset: 6 of its pairs have a prompt that is trained on" in capsys.readouterr().out
+    assert "eval_dataset: 6 of its rows have a prompt that is trained on" in capsys.readouterr().out
 
 
 def test_weights_are_exported_before_anything_else_can_fail(
@@ -388,7 +388,7 @@ def test_tokens_are_counted_by_the_cookbooks_names(tmp_path: Path) -> None:
         ({"betta": 0.1}, "betta: Config has no such setting"),
         ({"beta": 0}, r"beta: .*greater than 0 \(got 0\)"),
         ({"eval_fraction": 0.1, "eval_dataset": "x"}, "give eval_dataset or eval_fraction, not both"),
-        ({"eval_interval": 3}, "eval_interval needs held-out pairs"),
+        ({"eval_interval": 3}, "eval_interval needs held-out rows"),
         ({"lora_rank": 0, "lora_alpha": 8}, "lora_alpha is not read at lora_rank 0"),
         ({"trainer": {"shape": "x"}}, "TrainerConfig has no such setting|trainer.shape"),
         ({"lr_scheduler": "sometimes"}, "lr_scheduler"),
