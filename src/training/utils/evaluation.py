@@ -14,6 +14,7 @@ from firesteel.sdk import DataError
 from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
 from training.utils.client import ReconnectableClient
+from training.utils.heldout_rows import HeldoutRows, rows_of_pairs
 from training.utils.losses import PairObjective, PairScores, score_pairs
 from training.utils.pairs import DistinctDatums, PreferencePair
 from training.utils.reference_pass import AnyReferences
@@ -69,12 +70,13 @@ def evaluate(
     objective: PairObjective,
     batch_size: int = 16,
     abandon: Callable[[], bool] = lambda: False,
+    keep: Callable[[HeldoutRows], None] = lambda rows: None,
 ) -> dict[str, float]:
     """Metrics over held-out pairs, each pair counted once: independent of `batch_size`.
 
-    Empty where `abandon`, asked before each batch, says so.
+    Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair.
     """
-    scores = []
+    scores, lines = [], []
     for batch in pairs.blocks(batch_size):
         if abandon():
             return {}
@@ -82,7 +84,10 @@ def evaluate(
         outputs = policy.forward(data, weighted_only=not objective.reads_prompt).loss_fn_outputs
         logprobs = [output["logprobs"].to_torch() for output in outputs]
         scores.append(score_pairs(batch, logprobs, references.of(batch)))
-    return objective.metrics(PairScores.joined(scores))
+        lines += [pair.line for pair in batch]
+    joined = PairScores.joined(scores)
+    keep(rows_of_pairs(lines, joined, objective))
+    return objective.metrics(joined)
 
 
 @dataclass(frozen=True)

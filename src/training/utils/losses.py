@@ -45,6 +45,13 @@ class PairObjective(Protocol):
     def reads_prompt(self) -> bool:
         """Whether tokens count that are not scored."""
 
+    @property
+    def margin_name(self) -> str:
+        """What `margins` are called among the metrics."""
+
+    def margins(self, scores: PairScores) -> torch.Tensor:
+        """By how much each pair's chosen response is preferred, ``[N]``; above 0 where it is."""
+
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
 
@@ -307,6 +314,7 @@ class DpoObjective:
     shown = ("dpo_loss", "margin", "accuracy")
     best_by = ("accuracy", "margin", "dpo_loss")
     reads_prompt = False
+    margin_name = "margin"
 
     @property
     def uses_reference(self) -> bool:
@@ -316,6 +324,11 @@ class DpoObjective:
     def sides(self, scores: PairScores) -> tuple[torch.Tensor, torch.Tensor]:
         """What the loss makes of chosen and rejected, without β, ``[N]`` each."""
         return self._side(scores.chosen), self._side(scores.rejected)
+
+    def margins(self, scores: PairScores) -> torch.Tensor:
+        """By how much each pair's chosen response is preferred, ``[N]``."""
+        chosen, rejected = self.sides(scores)
+        return chosen - rejected
 
     def _side(self, side: SideScores) -> torch.Tensor:
         match self.loss:

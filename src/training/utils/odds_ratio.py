@@ -70,6 +70,7 @@ class OrpoObjective:
     loss_name = "orpo_loss"
     shown = ("orpo_loss", "log_odds_ratio", "accuracy")
     best_by = ("accuracy", "log_odds_ratio", "orpo_loss")
+    margin_name = "log_odds_ratio"
 
     @property
     def reads_prompt(self) -> bool:
@@ -86,6 +87,10 @@ class OrpoObjective:
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
         return self.nll(scores) + self.orpo_lambda * odds_ratio_loss(scores.chosen.mean, scores.rejected.mean)
+
+    def margins(self, scores: PairScores) -> torch.Tensor:
+        """The log odds ratio of each pair, ``[N]``."""
+        return log_odds_ratio(scores.chosen.mean, scores.rejected.mean)
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
         """Means over N pairs, by the cookbook's names. Accuracy and ties are those of the log odds ratio."""

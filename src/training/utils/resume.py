@@ -27,6 +27,7 @@ from training.utils.checkpoints import (
     found_in,
     write_listing,
 )
+from training.utils.heldout_rows import heldout_name, heldout_steps
 from training.utils.run_folder import CHECKPOINTS, LISTING, RESULTS, RunFolder
 
 logger = logging.getLogger("firesteel")
@@ -175,8 +176,10 @@ def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
     entries = found_in(folder.path)
     later = [entry for entry in entries if entry.step > step]
     names = folder.there_are([*(entry.path for entry in later), *RESULTS])
+    of_heldout = [heldout_name(n) for n in heldout_steps(folder.path) if n > step or not start.same_heldout]
     # What they were the checkpoints of goes with them.
-    previous = folder.new_previous(("metrics.jsonl", LISTING) if later else ()) if names else None
+    aside = bool(names) or not start.same_heldout
+    previous = folder.new_previous(("metrics.jsonl", LISTING) if later else ()) if aside else None
     # First the list: killed after this, those that are not moved yet are found without it.
     kept = [entry for entry in entries if entry.step <= step]
     if not start.same_heldout:
@@ -184,10 +187,12 @@ def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
         kept = [replace(entry, heldout={}) for entry in kept]
     write_listing(folder, kept)
     if previous is not None:
-        folder.move(names, previous)
+        folder.move([*names, *of_heldout], previous)
         yield f"what came after step {step} moved to {previous}"
     with storage_errors(folder.bad_rows, 0):
         folder.bad_rows.unlink(missing_ok=True)  # the same rows are about to be found again
+        for name in of_heldout:  # of evaluations that are about to be made again
+            (folder.path / name).unlink(missing_ok=True)
     if not cut_metrics(folder.metrics, start.notes.position.metrics_bytes):
         yield f"{folder.metrics} is not what it was at step {step}: lines are missing or were changed"
 

@@ -4,6 +4,8 @@ config.json         the resolved settings          samples.jsonl       answers b
 metrics.jsonl       a line per step                adapter/ or model/  the final weights
 bad_rows.jsonl      rows lost, and why             summary.json        written last: the run is finished
 checkpoints/        step-<n>/, each whole          checkpoints.jsonl   a line for each of them
+heldout/            step-<n>.jsonl: each held-out row before training, and after the newest evaluation
+environment.json    versions, machine, data        report.html         the run, for people
 run.lock            who writes                     previous-<n>/       earlier runs; nothing is ever deleted
 """
 
@@ -27,13 +29,14 @@ from firesteel.sealed import replace_file, storage_errors, sweep, sync
 
 CHECKPOINTS, LISTING = "checkpoints", "checkpoints.jsonl"
 SUMMARY = "summary.json"
-RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY)
+HELDOUT, ENVIRONMENT, REPORT = "heldout", "environment.json", "report.html"
+RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY, REPORT)
 """What a finished run leaves beside its record; a run that goes on makes them anew."""
 # What a run writes. Only these are moved out of the way; other files in the folder are the user's.
 # In the order in which they are moved: half moved, there are no checkpoints to go on from, and it is still a run.
 RUN_FILES = (
     *(LISTING, CHECKPOINTS, *RESULTS),
-    *("metrics.jsonl", "bad_rows.jsonl", "wandb", "reference", "exports", "config.json"),
+    *("metrics.jsonl", "bad_rows.jsonl", "wandb", "reference", "exports", HELDOUT, ENVIRONMENT, "config.json"),
 )
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
@@ -107,6 +110,7 @@ class RunFolder:
         self.listing = path / LISTING
         self.summary = path / SUMMARY
         self.reference = path / "reference"
+        self.environment = path / ENVIRONMENT
         self._lock = lock
         self._holder = Holder.this_process()
         replace_file(path / _LOCK, orjson.dumps(asdict(self._holder)))
@@ -126,7 +130,7 @@ class RunFolder:
                 on_failure.callback(lock.close)
                 _refuse_foreign(path)
                 folder = cls(path, lock)
-                for parent in (path, path / CHECKPOINTS, path / "exports"):
+                for parent in (path, path / CHECKPOINTS, path / HELDOUT, path / "exports"):
                     sweep(parent)
                 sync(path.absolute().parent)
                 on_failure.pop_all()

@@ -35,6 +35,8 @@ class RunSettings(Settings):
     """With init_from_checkpoint: take its optimizer's state too."""
     warm_start_from_adapter: str | None = None
     """Adapter in PEFT's format that training starts from; lora_rank and lora_alpha must be its own."""
+    report: bool = True
+    """Write report.html when the run has ended; `firesteel report RUN` does so at any time."""
 
     def resolved(self) -> dict[str, Any]:
         """Every setting of this run, as JSON: a `Config` of these makes or continues it.
@@ -69,7 +71,7 @@ class RunSettings(Settings):
 
 
 RUN_SETTINGS_THAT_MAY_CHANGE = frozenset(
-    {"log_path", "resume", "takeover", "dcp_save_interval", "keep_last", "keep_every", "on_nonfinite"}
+    {"log_path", "resume", "takeover", "dcp_save_interval", "keep_last", "keep_every", "on_nonfinite", "report"}
 )
 """Of these settings: those with which a run may go on though they are others than before."""
 

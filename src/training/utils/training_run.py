@@ -25,7 +25,9 @@ from firesteel.sdk import (
 )
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
+from training.utils.environment import Environment
 from training.utils.evaluation import Answers, Split, split_by_prompt
+from training.utils.heldout_rows import HeldoutRows, write_heldout
 from training.utils.learner import Learner
 from training.utils.loop import Loop, SavedRun
 from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
@@ -130,6 +132,8 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
         # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
         for line in begin(folder, start, config):
             display.say(line)
+        total, ran_by = run.epochs.total_steps, trainers.policy.description
+        Environment.of_a_run(config.recipe, total, ran_by, data).write(folder.environment)
         begun()
         metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
         for rows in selections:
@@ -365,6 +369,10 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
     )
     folder.write_summary(asdict(summary))
     loop.stop.exit_if_asked()
+    if config.report:  # the run is finished: whatever becomes of its picture, nothing of it is lost
+        from training.utils.report import report_at_the_end
+
+        run.display.say(report_at_the_end(folder.path))
     return summary
 
 
@@ -431,14 +439,17 @@ def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyRef
 
 def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
     """Metrics on the held-out rows, logged and shown; empty without any, and where a signal ends the run."""
-    heldout = run.split.heldout
+    heldout, kept = run.split.heldout, list[HeldoutRows]()
     if not len(heldout):
         return {}
     metrics = run.learner.evaluate(
-        trainers.policy, heldout, trainers.references, abandon=lambda: loop.stop.asked
+        trainers.policy, heldout, trainers.references, lambda: loop.stop.asked, kept.append
     )
     if not metrics:
         return {}
+    for rows in kept:
+        run.folder.refuse_if_taken_over()
+        write_heldout(run.folder.path, step, rows)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(heldout_line(step, metrics, run.learner.shown))
     return metrics

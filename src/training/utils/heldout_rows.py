@@ -1,0 +1,96 @@
+"""What an evaluation says of each held-out row: `heldout/step-<n>.jsonl`, a line for each row.
+
+Two of them are kept, that of before training and the newest: 80 bytes a row each. There is no text in them; a row is
+found again by its line in the data file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from firesteel.sealed import replace_file, storage_errors
+from training.utils.run_folder import HELDOUT
+
+if TYPE_CHECKING:
+    from training.utils.losses import PairObjective, PairScores
+
+DIGITS = 6
+"""Behind the point: a millionth of a nat."""
+
+
+@dataclass(frozen=True)
+class HeldoutRow:
+    """One row of an evaluation."""
+
+    line: int
+    """In its data file, from 1."""
+    value: float
+    """Of the evaluation's measure; not a number where it was not finite."""
+    tokens: Mapping[str, int]
+    """Scored tokens, by side."""
+
+
+@dataclass(frozen=True)
+class HeldoutRows:
+    """All rows of one evaluation."""
+
+    measure: str
+    """The metric that the values are of, as `margin`."""
+    rows: Sequence[HeldoutRow]
+
+
+def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjective) -> HeldoutRows:
+    """The margin of each pair, and how long its sides are."""
+    chosen, rejected = scores.chosen.tokens.tolist(), scores.rejected.tokens.tolist()
+    columns = zip(lines, objective.margins(scores).tolist(), chosen, rejected, strict=True)
+    rows = [HeldoutRow(line, m, {"chosen": int(c), "rejected": int(r)}) for line, m, c, r in columns]
+    return HeldoutRows(objective.margin_name, rows)
+
+
+def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:
+    """Write what an evaluation after this step says; of earlier ones that of step 0 stays."""
+    folder, content = run / HELDOUT, bytearray()
+    for row in evaluated.rows:
+        tokens = {f"{side}_tokens": count for side, count in row.tokens.items()}
+        told = {"line": row.line, evaluated.measure: round(row.value, DIGITS), **tokens}
+        content += orjson.dumps(told) + b"\n"
+    with storage_errors(folder, len(content)):
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / f"step-{step}.jsonl", bytes(content))
+        for other in heldout_steps(run):
+            if other not in (0, step):
+                (run / heldout_name(other)).unlink()
+
+
+def heldout_name(step: int) -> str:
+    """Of the file, relative to the run folder."""
+    return f"{HELDOUT}/step-{step}.jsonl"
+
+
+def heldout_steps(run: Path) -> list[int]:
+    """The steps after which there is such a file, in order."""
+    numbers = (path.stem.removeprefix("step-") for path in (run / HELDOUT).glob("step-*.jsonl"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def read_heldout(run: Path, step: int) -> HeldoutRows | None:
+    """What an evaluation said; None where that is not known, or not as it was written."""
+    try:
+        lines = (run / heldout_name(step)).read_bytes().splitlines()
+        records: list[dict[str, Any]] = [orjson.loads(line) for line in lines]
+        measure = next(name for name in records[0] if name != "line" and not name.endswith("_tokens"))
+        return HeldoutRows(measure, [_row(record, measure) for record in records])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+def _row(record: Mapping[str, Any], measure: str) -> HeldoutRow:
+    value = record[measure]
+    tokens = {n.removesuffix("_tokens"): int(c) for n, c in record.items() if n.endswith("_tokens")}
+    return HeldoutRow(int(record["line"]), math.nan if value is None else float(value), tokens)

@@ -1,0 +1,320 @@
+"""`report.html`: one page that says what a run was, what it came to, and whether it learns; or several runs beside each other.
+
+The page holds everything it shows: no script, no font, no address. What comes from data is escaped, and cut to what a
+person looks at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from firesteel.sdk.errors import ConfigError, StorageError
+from firesteel.sealed import replace_file
+from training.utils.heldout_rows import HeldoutRow
+from training.utils.report_charts import SOURCE_PREFIX, Figure, figures, number
+from training.utils.row_excerpts import RowText, excerpt, read_back
+from training.utils.run_folder import REPORT
+from training.utils.run_record import Answer, Heldout, RunRecord, read_run
+from training.utils.verdict import Verdict, verdict_of
+
+TEMPLATE = "report.html.jinja"
+MARK = '<meta name="generator" content="firesteel report">'
+"""Known by this, a page may be replaced by the next."""
+PAIRS_SHOWN = 5
+LONGEST_ANSWER = 2000
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A line of a table of numbers."""
+
+    name: str
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True)
+class PairView:
+    """A held-out row, with its value before and after."""
+
+    line: int
+    before: str
+    after: str
+    tokens: str
+    text: RowText | None
+
+
+@dataclass(frozen=True)
+class ExtremePairs:
+    """The held-out rows at both ends."""
+
+    measure: str
+    worst: Sequence[PairView]
+    best: Sequence[PairView]
+    file: str
+    without_text: str
+    """Why their texts are not shown; empty where they are."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was answered to a prompt: by whom or when, and the text."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fixed prompt and its answers."""
+
+    prompt: str
+    answers: Sequence[Said]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as it stands in the page."""
+
+    name: str
+    headline: str
+    outcome: str
+    verdict: Verdict
+    run: RunRecord
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template reads."""
+
+    title: str
+    runs: Sequence[RunView]
+    figures: Sequence[Figure]
+    heldout: Sequence[MetricRow]
+    training: Sequence[MetricRow]
+    sources: Sequence[MetricRow]
+    settings: Sequence[MetricRow]
+    environment: Sequence[MetricRow]
+    questions: Sequence[Question]
+    extremes: ExtremePairs | None
+
+
+def report_at_the_end(run: Path) -> str:
+    """Write the report of a run that has just finished; what became of it, for people.
+
+    A disk that is full is no reason to call a finished run failed.
+    """
+    started = time.monotonic()
+    try:
+        written = write_report([run])
+    except StorageError as error:
+        return f"report: not written: {error}; once there is room: firesteel report {run}"
+    return f"report: {written} ({time.monotonic() - started:.1f} s)"
+
+
+def write_report(runs: Sequence[Path], to: Path | None = None) -> Path:
+    """Write the page of these runs; the default is in the run's folder, of several in the current one.
+
+    Raises `CheckpointError` for what is no run, `ConfigError` for a file that is there and no report.
+    """
+    target = to or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
+    _refuse_foreign(target)
+    page = page_of([read_run(run) for run in runs])
+    replace_file(target, render(page).encode("utf-8", "replace"))
+    return target
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    template = files("training.utils").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(page=page, mark=MARK, number=number, excerpt=excerpt)
+
+
+def page_of(runs: Sequence[RunRecord]) -> Page:
+    """What the page says."""
+    alone = runs[0] if len(runs) == 1 else None
+    return Page(
+        title=str(alone.path) if alone else f"{len(runs)} runs",
+        runs=[RunView(str(run.path), _headline(run), _outcome(run), verdict_of(run), run) for run in runs],
+        figures=list(figures(runs)),
+        heldout=list(_heldout_table(runs)),
+        training=list(_training_table(runs)),
+        sources=list(_source_table(runs)),
+        settings=list(_settings(runs)),
+        environment=list(_environment(runs)),
+        questions=list(_questions(runs)),
+        extremes=_extremes(alone, alone.heldout) if alone and alone.heldout else None,
+    )
+
+
+def _refuse_foreign(target: Path) -> None:
+    try:
+        with target.open("rb") as file:
+            if MARK.encode() not in file.read(2000):
+                raise ConfigError(f"{target} is there already and is no report; name another file with --to")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"{target}: {error}; name a file that can be written to with --to") from error
+
+
+def _headline(run: RunRecord) -> str:
+    config, rank = run.config, run.config.get("lora_rank")
+    weights = f"an adapter of rank {rank}" if rank else "all weights"
+    data = run.environment.data if run.environment else {}
+    pairs = f" ({data['pairs']:,} pairs)" if isinstance(data.get("pairs"), int) else ""
+    return f"{run.recipe.upper()} run: {weights} of {config['base_model']}, trained on {config['dataset']}{pairs}."
+
+
+def _outcome(run: RunRecord) -> str:
+    step = run.metrics.last_step
+    if run.state == "finished":
+        seconds = run.summary.get("training_seconds")
+        took = f" The last process trained for {_duration(seconds)}." if isinstance(seconds, float) else ""
+        return f"Finished after {int(run.summary.get('steps', step)):,} steps.{took}"
+    total = f" of {run.environment.total_steps:,}" if run.environment else ""
+    return f"{'Still running' if run.state == 'running' else 'Not finished'}: {step:,}{total} steps are logged."
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _heldout_table(runs: Sequence[RunRecord]) -> Iterator[MetricRow]:
+    """Every held-out metric: of one run before and after, of several after."""
+    for name in dict.fromkeys(name for run in runs for name in (*run.before, *run.after)):
+        if name.startswith(SOURCE_PREFIX.removeprefix("eval/")):
+            continue
+        if len(runs) == 1:
+            sides: list[Mapping[str, float]] = [runs[0].before, runs[0].after]
+        else:
+            sides = [run.after for run in runs]
+        yield MetricRow(name, [number(side.get(name)) for side in sides])
+
+
+def _training_table(runs: Sequence[RunRecord]) -> Iterator[MetricRow]:
+    """Every metric of the steps: of one run first, last, lowest and highest, of several the last."""
+    names = dict.fromkeys(name for run in runs for name in run.metrics.series if not name.startswith("eval/"))
+    for name in names:
+        if len(runs) > 1:
+            yield MetricRow(name, [number(run.metrics.last(name)) for run in runs])
+            continue
+        series = runs[0].metrics.series[name]
+        finite = series.values[series.values == series.values]
+        ends = [number(float(v)) for v in (finite.min(), finite.max())] if len(finite) else ["–", "–"]
+        yield MetricRow(name, [number(series.first), number(series.last), *ends])
+
+
+def _source_table(runs: Sequence[RunRecord]) -> Iterator[MetricRow]:
+    """Metrics by source, as `<source>/<metric>`."""
+    for name in dict.fromkeys(name for run in runs for name in run.metrics.series):
+        if not name.startswith(SOURCE_PREFIX):
+            continue
+        found = [run.metrics.series.get(name) for run in runs]
+        if len(runs) == 1 and found[0] is not None:
+            cells = [number(found[0].first), number(found[0].last)]
+        else:
+            cells = [number(series.last if series else None) for series in found]
+        yield MetricRow(name.removeprefix(SOURCE_PREFIX), cells)
+
+
+def _settings(runs: Sequence[RunRecord]) -> Iterator[MetricRow]:
+    """All settings of one run; of several those that differ, but for where each run is."""
+    flat = [dict(_flat(run.config)) for run in runs]
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        cells = [_shown(settings.get(name, "–")) for settings in flat]
+        if len(runs) == 1 or (len(set(cells)) > 1 and name != "log_path"):
+            yield MetricRow(name, cells)
+
+
+def _environment(runs: Sequence[RunRecord]) -> Iterator[MetricRow]:
+    known = [run.environment for run in runs]
+    flat = [
+        dict(_flat({"began or went on (UTC)": e.started, **e.trainer, **e.machine, **e.versions, **e.data}))
+        if e
+        else {}
+        for e in known
+    ]
+    for name in dict.fromkeys(name for facts in flat for name in facts):
+        cells = [_shown(facts.get(name, "–")) for facts in flat]
+        if len(runs) == 1 or len(set(cells)) > 1:
+            yield MetricRow(name, cells)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return excerpt("; ".join(map(str, value))) or "none"
+    return excerpt(str(value))
+
+
+def _questions(runs: Sequence[RunRecord]) -> Iterator[Question]:
+    """Each prompt with what was said before, and after by each run."""
+    answers: dict[str, dict[int, Answer]] = {}
+    for place, run in enumerate(runs):
+        for answer in run.answers:
+            answers.setdefault(answer.prompt, {})[place] = answer
+    for prompt, of_runs in answers.items():
+        said = []
+        for place, answer in of_runs.items():
+            before = "(was not asked)" if answer.before is None else answer.before
+            name = "" if len(runs) == 1 else f", {runs[place].path}"
+            said.append(Said(f"before{name}", excerpt(before, LONGEST_ANSWER)))
+            said.append(Said(f"after{name}", excerpt(answer.after, LONGEST_ANSWER)))
+        yield Question(excerpt(prompt, LONGEST_ANSWER), said)
+
+
+def _extremes(run: RunRecord, heldout: Heldout) -> ExtremePairs:
+    ranked = sorted(
+        (row for row in heldout.after.rows if row.value == row.value), key=lambda r: (r.value, r.line)
+    )
+    shown = min(PAIRS_SHOWN, (len(ranked) + 1) // 2)
+    worst, best = ranked[:shown], ranked[::-1][: min(shown, len(ranked) - shown)]
+    path, sha256 = _heldout_file(run)
+    texts = read_back(path, sha256, {row.line for row in (*worst, *best)})
+    before = {row.line: row.value for row in heldout.before.rows}
+
+    def view(row: HeldoutRow) -> PairView:
+        tokens = ", ".join(f"{side} {count:,}" for side, count in row.tokens.items())
+        text = None if isinstance(texts, str) else texts.get(row.line)
+        return PairView(row.line, number(before.get(row.line)), number(row.value), tokens, text)
+
+    return ExtremePairs(
+        heldout.after.measure,
+        [view(row) for row in worst],
+        [view(row) for row in best],
+        str(run.config.get("eval_dataset") or run.config["dataset"]),
+        texts if isinstance(texts, str) else "",
+    )
+
+
+def _heldout_file(run: RunRecord) -> tuple[Path, str | None]:
+    """Where the held-out rows are, and the hash of that file when the run began."""
+    setting = "eval_dataset" if run.config.get("eval_dataset") else "dataset"
+    start = run.environment.working_folder if run.environment else "."
+    data = run.environment.data if run.environment else {}
+    return Path(start) / str(run.config[setting]), data.get(f"{setting} content")

@@ -1,0 +1,203 @@
+"""Which charts a report has, of which metrics, and what is said below each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.utils.charts import BINS, COLOURS, Bars, Curve, draw_curves, draw_histogram
+from training.utils.heldout_rows import HeldoutRows
+from training.utils.losses import TIE
+from training.utils.run_record import RunRecord, Series
+from training.utils.verdict import MARGINS, main_loss
+
+SOURCE_PREFIX = "eval/source/"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a line of a chart is."""
+
+    label: str
+    colour: int
+    dashed: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart as it stands in the page."""
+
+    title: str
+    svg: str
+    told: str
+    """What it shows, for whoever cannot see it."""
+    caption: str
+    keys: Sequence[Key]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Metrics that are drawn together, by their names without `train/` and `eval/`."""
+
+    title: str
+    names: tuple[str, ...]
+    note: str = ""
+    level: float | None = None
+
+
+def figures(runs: Sequence[RunRecord]) -> Iterator[Figure]:
+    """All charts of one run, or of several over each other."""
+    for plan in _plans(runs):
+        curves = list(_curves(plan, runs))
+        if curves:
+            yield _figure(plan, curves)
+    if len(runs) == 1:
+        yield from _by_source(runs[0])
+    if any(run.heldout for run in runs):
+        yield _distribution(runs)
+
+
+def _plans(runs: Sequence[RunRecord]) -> Iterator[Plan]:
+    names = {name.removeprefix("train/").removeprefix("eval/"): 0 for r in runs for name in r.metrics.series}
+    loss = main_loss(names)
+    plans = [
+        *([Plan(f"Loss ({loss})", (loss,))] if loss else []),
+        Plan("Perplexity", ("perplexity",)),
+        *(Plan(title.capitalize(), (name,), "Above 0, chosen is preferred.", 0) for name, title in MARGINS.items()),
+        Plan("Accuracy", ("accuracy",), "Share of rows whose chosen answer is preferred; a coin has 0.5.", 0.5),
+        Plan(
+            "Change of log-probability against the reference (nats)",
+            ("delta_logp/chosen", "delta_logp/rejected"),
+            "Chosen below 0: likelihood displacement.",
+            0,
+        ),
+        Plan("Mean log-probability of a token (nats)", ("chosen_avg_lp", "rejected_avg_lp")),
+        *(Plan(n, (n,)) for n in names if n.endswith("_loss") and n != loss),
+        Plan(
+            "Own preference",
+            ("policy_preference",),
+            "Share of rows whose chosen answer the model itself finds likelier per token.",
+            0.5,
+        ),
+        Plan("Gradient norm", ("grad_norm",)),
+        Plan("Learning rate", ("lr",)),
+        Plan("Tokens per second", ("tokens_per_sec",)),
+    ]
+    for plan in plans:
+        if len(runs) == 1:
+            yield plan
+        else:  # colours tell runs apart
+            yield from (Plan(_title(plan, name), (name,), plan.note, plan.level) for name in plan.names)
+
+
+def _title(plan: Plan, name: str) -> str:
+    return plan.title if len(plan.names) == 1 else f"{plan.title}: {name.rpartition('/')[2]}"
+
+
+def _curves(plan: Plan, runs: Sequence[RunRecord]) -> Iterator[Curve]:
+    for number, run in enumerate(runs):
+        for place, name in enumerate(plan.names):
+            for heldout, series in _series_of(run, name):
+                kind = "held out" if heldout else "training"
+                label = kind if len(runs) == 1 else f"{run.path}, {kind}"
+                if len(plan.names) > 1:
+                    label = f"{name.rpartition('/')[2].removesuffix('_avg_lp')}, {kind}"
+                alone = len(runs) == 1 and len(plan.names) == 1
+                colour = int(heldout) if alone else number + place
+                yield Curve(label, series.steps, series.values, colour, dashed=heldout)
+
+
+def _series_of(run: RunRecord, name: str) -> Iterator[tuple[bool, Series]]:
+    """In training, and held out, where there is a number."""
+    of_run = run.metrics.series
+    training = of_run.get(f"train/{name}") or of_run.get(name)
+    for heldout, series in ((False, training), (True, of_run.get(f"eval/{name}"))):
+        if series is not None and np.isfinite(series.values).any():
+            yield heldout, series
+
+
+def _figure(plan: Plan, curves: Sequence[Curve]) -> Figure:
+    name = f"c-{plan.names[0].replace('/', '-')}"
+    missing = sum(int((~np.isfinite(curve.values)).sum()) for curve in curves)
+    longest = max(len(curve.steps) for curve in curves)
+    binned = f"Line: mean of {longest // BINS:,} steps; shade: their range." if any(c.is_binned for c in curves) else ""
+    gaps = f"{missing:,} steps have no finite number." if missing else ""
+    told = "; ".join(_told(curve) for curve in curves)
+    return Figure(
+        plan.title,
+        draw_curves(name, curves, plan.level),
+        f"{plan.title} by step. {told}.",
+        " ".join(filter(None, (plan.note, binned, gaps))),
+        [Key(curve.label, curve.colour % COLOURS, curve.dashed) for curve in curves],
+    )
+
+
+def _told(curve: Curve) -> str:
+    kept = curve.finite
+    first, last = (f"{number(float(kept.values[i]))} at step {int(kept.steps[i]):,}" for i in (0, -1))
+    extremes = f"lowest {number(float(kept.values.min()))}, highest {number(float(kept.values.max()))}"
+    return f"{curve.label}: {first}" + (f", {last}, {extremes}" if len(kept.steps) > 1 else "")
+
+
+def _by_source(run: RunRecord) -> Iterator[Figure]:
+    found = {
+        name.removeprefix(SOURCE_PREFIX).removesuffix("/accuracy"): series
+        for name, series in run.metrics.series.items()
+        if name.startswith(SOURCE_PREFIX) and name.endswith("/accuracy")
+    }
+    if not found:
+        return
+    shown = list(found.items())[:COLOURS]
+    curves = [Curve(name, series.steps, series.values, place, True) for place, (name, series) in enumerate(shown)]
+    left_out = f"The first {COLOURS} of {len(found)} sources; the table has all." if len(found) > COLOURS else ""
+    yield _figure(Plan("Held-out accuracy by source", ("source",), left_out, 0.5), curves)
+
+
+def _distribution(runs: Sequence[RunRecord]) -> Figure:
+    """Of the held-out values: before and after of one run, or after of each of several."""
+    notes, bars = [], []
+    for place, run in enumerate(runs):
+        if run.heldout is None:
+            continue
+        after = _values(run.heldout.after)
+        if len(runs) > 1:
+            bars.append(Bars(str(run.path), after, place))
+            continue
+        before = _values(run.heldout.before)
+        if len(before) and np.abs(before).max() <= TIE:
+            notes.append("Before training all are 0: the policy is its reference.")
+        elif len(before):
+            bars.append(Bars("before", before, 1))
+        bars.append(Bars(f"after step {run.heldout.step:,}", after, 0))
+        if lost := len(run.heldout.after.rows) - len(after):
+            notes.append(f"{lost:,} rows have no finite value.")
+    bars = [part for part in bars if len(part.values)]
+    heldout = next(run.heldout for run in runs if run.heldout)
+    title = f"Held-out rows by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
+    told = "; ".join(
+        f"{part.label}: {len(part.values):,} rows, middle {number(float(np.median(part.values)))}, "
+        f"{(part.values > TIE).mean():.1%} above 0"
+        for part in bars
+    )
+    notes.append("Rows in each range; the outermost half percent is in the first and last.")
+    svg = draw_histogram("h-heldout", bars) if bars else ""
+    keys = [Key(part.label, part.colour % COLOURS, False) for part in bars]
+    return Figure(title, svg, f"{title}. {told}.", f"{told}. {' '.join(notes)}", keys)
+
+
+def _values(rows: HeldoutRows) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.array([row.value for row in rows.rows if math.isfinite(row.value)])
+
+
+def number(value: float | None) -> str:
+    """For people: four digits, and words for what is none."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

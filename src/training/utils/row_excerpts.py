@@ -1,0 +1,84 @@
+"""What rows of a data file say, read back by their lines and cut to what a person looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from firesteel.sdk.errors import DataError
+from training.utils.jsonl import hash_of_file, located_rows
+from training.utils.preference_data import read_row
+from training.utils.preference_examples import (
+    ChatExample,
+    ExampleError,
+    Messages,
+    PlainExample,
+    PreferenceExample,
+)
+
+LONGEST = 700
+"""Characters of a text that are shown."""
+
+
+@dataclass(frozen=True)
+class RowText:
+    """A row as its labelled parts: prompt, chosen, rejected; or as it stands, where it is none of a pair."""
+
+    parts: Mapping[str, str]
+
+
+def excerpt(text: str, longest: int = LONGEST) -> str:
+    """Its start and end, with the number of characters left out between them."""
+    if len(text) <= longest:
+        return text
+    start, end = longest * 2 // 3, longest // 3
+    return f"{text[:start]} […{len(text) - start - end:,} characters…] {text[-end:]}"
+
+
+def read_back(path: Path, sha256: str | None, lines: Collection[int]) -> Mapping[int, RowText] | str:
+    """The rows of these lines, or why they cannot be had: the file is gone, or not the one with this hash."""
+    try:
+        if sha256 is None:
+            return f"it is not recorded what {path} held"
+        if hash_of_file(str(path))[0] != sha256:
+            return f"{path} is not what it was when the run began"
+        last = max(lines, default=0)
+        found = {}
+        for row in located_rows(str(path)):
+            if row.line in lines:
+                found[row.line] = _text_of(row.raw, row.line)
+            if row.line >= last:
+                break
+        return found
+    except DataError as error:
+        return str(error)
+
+
+def _text_of(raw: bytes, line: int) -> RowText:
+    try:
+        _, example = read_row(raw, line)
+    except ExampleError:  # a row of another kind of data
+        return RowText({"row": excerpt(raw.decode(errors="replace"))})
+    return RowText({name: excerpt(text) for name, text in _parts(example).items()})
+
+
+def _parts(example: PreferenceExample) -> Mapping[str, str]:
+    if isinstance(example, ChatExample):
+        sides = example.prompt, example.chosen, example.rejected
+        prompt, chosen, rejected = (_conversation(side) for side in sides)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt = example.prompt if isinstance(example, PlainExample) else ""
+    return {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected}
+
+
+def _conversation(messages: Messages) -> str:
+    """One turn as its text; several with the role before each."""
+    if len(messages) == 1:
+        return _said(messages[0]["content"], messages[0].get("tool_calls"))
+    turns = (f"{turn['role']}: {_said(turn['content'], turn.get('tool_calls'))}" for turn in messages)
+    return "\n".join(turns)
+
+
+def _said(content: str, calls: object) -> str:
+    return f"{content}\n[tool calls: {calls}]" if calls else content
