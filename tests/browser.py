@@ -86,7 +86,9 @@ class Browser:
     @property
     def requests(self) -> list[str]:
         """Every address that the page asked for, its own left out."""
-        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        asked = [
+            e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"
+        ]
         return asked[1:]
 
     @property

@@ -41,6 +41,7 @@ def config(folder: Path, count: int = 6, **settings: Any) -> Config:
         "lora_rank": 4,
         "learning_rate": 3e-3 if settings.get("lora_rank", 4) else 3e-4,
         "batch_size": 2,
+        "report": False,  # half a second, for every run of every test
         **settings,
     }
     return Config(**values)
@@ -118,4 +119,5 @@ def outcome(settings: TrainingSettings) -> dict[str, Any]:
         "samples": (run / "samples.jsonl").read_text(),
         "bad rows": (run / "bad_rows.jsonl").read_text(),
         "checkpoints": (run / "checkpoints.jsonl").read_text() if last else "",
+        "heldout": {path.name: path.read_text() for path in (run / "heldout").glob("*")},
     }

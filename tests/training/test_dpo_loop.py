@@ -56,6 +56,8 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_exports(tmp_path: Path, 
         "bad_rows.jsonl",
         "samples.jsonl",
         "summary.json",
+        "environment.json",
+        "heldout",
         "adapter" if rank else "model",
     }
     assert json.loads((run / "config.json").read_text())["beta"] == 0.1

@@ -129,6 +129,7 @@ def config(folder: Path, count: int = 12, **given: Any) -> Config:
         "learning_rate": 3e-3,
         "batch_size": 2,
         "epochs": 3,
+        "report": False,
         **given,
     }
     return Config(**values)

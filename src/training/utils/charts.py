@@ -1,4 +1,4 @@
-"""Curves and histograms as SVG that stands inside a page: its text is the page's text, its colours the page's variables.
+"""Curves and histograms as SVG inside a page: its text is the page's text, its colours the page's variables.
 
 A chart is drawn about as wide as a phone and scaled by the page, so that its letters keep a size that can be read. Long
 series are drawn by the means of bins with the range inside each behind them: a spike of one step in thirty thousand
@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from firesteel.sdk.types import FloatArray
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,12 +30,14 @@ MARKED = 40
 COLOURS = 7
 """Of runs or sides; the page defines them as --c0, --c1, …"""
 BARS = 30
+CLIPPED_FROM = 200
+"""From so many values on, a histogram's first and last bar hold the outermost half percent."""
 # matplotlib wants colours, the page has variables: each stands for one, and is replaced in the text.
 _INK, _GRID = "#010101", "#020202"
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {
     f"#0{n}0{n}0f": f"var(--c{n})" for n in range(COLOURS)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "firesteel",  # the same run, the same page
     "font.size": 10.5,
@@ -56,8 +58,8 @@ class Curve:
     """One line of a chart: values by step."""
 
     label: str
-    steps: FloatArray
-    values: FloatArray
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
     colour: int
     dashed: bool = False
 
@@ -77,16 +79,16 @@ class Curve:
 class Binned:
     """A long series, shortened."""
 
-    steps: FloatArray
-    means: FloatArray
-    lows: FloatArray
-    highs: FloatArray
+    steps: NDArray[np.float64]
+    means: NDArray[np.float64]
+    lows: NDArray[np.float64]
+    highs: NDArray[np.float64]
 
     @classmethod
     def of(cls, curve: Curve) -> Binned:
         """`BINS` bins of neighbouring steps, of one size but for rounding."""
         edges = np.linspace(0, len(curve.steps), BINS + 1).astype(int)
-        parts = [(curve.steps[a:b], curve.values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [(curve.steps[a:b], curve.values[a:b]) for a, b in pairwise(edges)]
         rows = [(steps.mean(), part.mean(), part.min(), part.max()) for steps, part in parts]
         return cls(*np.array(rows).T)
 
@@ -96,12 +98,13 @@ class Bars:
     """One set of values of a histogram."""
 
     label: str
-    values: FloatArray
+    values: NDArray[np.float64]
     colour: int
 
 
 def draw_curves(name: str, curves: Sequence[Curve], level: float | None = None) -> str:
     """An SVG of curves over steps. `name` is no other chart's of the page, `level` a value worth comparing with."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         if level is not None:
@@ -110,7 +113,7 @@ def draw_curves(name: str, curves: Sequence[Curve], level: float | None = None) 
             _draw_curve(axes, curve.finite)
         _pad_single_step(axes, curves)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)  # type: ignore[attr-defined]
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
     return _drawn(name, draw)
 
@@ -118,13 +121,16 @@ def draw_curves(name: str, curves: Sequence[Curve], level: float | None = None) 
 def draw_histogram(name: str, bars: Sequence[Bars]) -> str:
     """An SVG of how values are distributed, all sets over the same bins; 0 is marked.
 
-    What lies outside the middle 99 % of all values is counted in the first and the last bin.
+    Of many values, what lies outside the middle 99 % is counted in the first and the last bin: one pair in ten thousand
+    would make all others one bar.
     """
     everything = np.concatenate([part.values for part in bars])
-    low, high = np.quantile(everything, [0.005, 0.995])
+    outside = 0.005 if len(everything) >= CLIPPED_FROM else 0.0
+    low, high = np.quantile(everything, [outside, 1 - outside])
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, BARS + 1)
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         if low < 0 < high:
@@ -134,7 +140,7 @@ def draw_histogram(name: str, bars: Sequence[Bars]) -> str:
             colour = _colour(part.colour)
             axes.stairs(counts, edges, fill=True, color=colour, alpha=0.25)
             axes.stairs(counts, edges, color=colour, linewidth=1.6)
-        axes.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
     return _drawn(name, draw)
 
@@ -201,7 +207,7 @@ def _label_ticks(axes: Axes) -> None:
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Of the ticks of one axis."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
-    apart = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=largest or 1.0)
+    apart = min((b - a for a, b in pairwise(ticks)), default=largest or 1.0)
     if largest and largest < 1e-3:
         digits = max(0, math.ceil(math.log10(largest / apart) - 1e-9))
         return ["0" if tick == 0 else _power(tick, digits) for tick in ticks]
@@ -217,7 +223,7 @@ def _power(value: float, digits: int) -> str:
 
 
 def _for_a_page(svg: str, name: str) -> str:
-    """Only what belongs into a page: no prologue, no addresses, no fonts, no size, and names that no other chart has."""
+    """What belongs into a page: no prologue, address, font or size, and names that no other chart has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)

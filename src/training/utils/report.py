@@ -1,4 +1,4 @@
-"""`report.html`: one page that says what a run was, what it came to, and whether it learns; or several runs beside each other.
+"""`report.html`: what a run was, what it came to, and whether it learns; or several runs beside each other.
 
 The page holds everything it shows: no script, no font, no address. What comes from data is escaped, and cut to what a
 person looks at.
@@ -6,6 +6,7 @@ person looks at.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,16 +143,19 @@ def render(page: Page) -> str:
 def page_of(runs: Sequence[RunRecord]) -> Page:
     """What the page says."""
     alone = runs[0] if len(runs) == 1 else None
+    named = dict(zip(_names([run.path for run in runs]), runs, strict=True))
     return Page(
         title=str(alone.path) if alone else f"{len(runs)} runs",
-        runs=[RunView(str(run.path), _headline(run), _outcome(run), verdict_of(run), run) for run in runs],
-        figures=list(figures(runs)),
+        runs=[
+            RunView(name, _headline(run), _outcome(run), verdict_of(run), run) for name, run in named.items()
+        ],
+        figures=list(figures(named)),
         heldout=list(_heldout_table(runs)),
         training=list(_training_table(runs)),
         sources=list(_source_table(runs)),
         settings=list(_settings(runs)),
         environment=list(_environment(runs)),
-        questions=list(_questions(runs)),
+        questions=list(_questions(named)),
         extremes=_extremes(alone, alone.heldout) if alone and alone.heldout else None,
     )
 
@@ -167,12 +171,28 @@ def _refuse_foreign(target: Path) -> None:
         raise ConfigError(f"{target}: {error}; name a file that can be written to with --to") from error
 
 
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Without the folder that holds all of them. Raises `ConfigError` for a run named twice."""
+    full = [os.path.abspath(path) for path in paths]
+    if len(set(full)) < len(full):
+        raise ConfigError(f"{', '.join(map(str, paths))}: a run is named twice")
+    if len(full) == 1:
+        return [str(paths[0])]
+    parent = os.path.commonpath([os.path.dirname(path) for path in full])
+    return [os.path.relpath(path, parent) for path in full]
+
+
 def _headline(run: RunRecord) -> str:
     config, rank = run.config, run.config.get("lora_rank")
     weights = f"an adapter of rank {rank}" if rank else "all weights"
     data = run.environment.data if run.environment else {}
-    pairs = f" ({data['pairs']:,} pairs)" if isinstance(data.get("pairs"), int) else ""
-    return f"{run.recipe.upper()} run: {weights} of {config['base_model']}, trained on {config['dataset']}{pairs}."
+    counts = [f"{data[kind]:,} {kind}" for kind in ("pairs", "rows") if isinstance(data.get(kind), int)]
+    if run.heldout:
+        counts.append(f"{len(run.heldout.after.rows):,} held out")
+    of = f" ({', '.join(counts)})" if counts else ""
+    return (
+        f"{run.recipe.upper()} run: {weights} of {config['base_model']}, trained on {config['dataset']}{of}."
+    )
 
 
 def _outcome(run: RunRecord) -> str:
@@ -182,7 +202,9 @@ def _outcome(run: RunRecord) -> str:
         took = f" The last process trained for {_duration(seconds)}." if isinstance(seconds, float) else ""
         return f"Finished after {int(run.summary.get('steps', step)):,} steps.{took}"
     total = f" of {run.environment.total_steps:,}" if run.environment else ""
-    return f"{'Still running' if run.state == 'running' else 'Not finished'}: {step:,}{total} steps are logged."
+    return (
+        f"{'Still running' if run.state == 'running' else 'Not finished'}: {step:,}{total} steps are logged."
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -272,20 +294,30 @@ def _shown(value: object) -> str:
     return excerpt(str(value))
 
 
-def _questions(runs: Sequence[RunRecord]) -> Iterator[Question]:
-    """Each prompt with what was said before, and after by each run."""
-    answers: dict[str, dict[int, Answer]] = {}
-    for place, run in enumerate(runs):
+def _questions(runs: Mapping[str, RunRecord]) -> Iterator[Question]:
+    """Each prompt with what was said before, once where all runs said the same, and after by each run."""
+    by_prompt: dict[str, dict[str, Answer]] = {}
+    for name, run in runs.items():
         for answer in run.answers:
-            answers.setdefault(answer.prompt, {})[place] = answer
-    for prompt, of_runs in answers.items():
-        said = []
-        for place, answer in of_runs.items():
-            before = "(was not asked)" if answer.before is None else answer.before
-            name = "" if len(runs) == 1 else f", {runs[place].path}"
-            said.append(Said(f"before{name}", excerpt(before, LONGEST_ANSWER)))
-            said.append(Said(f"after{name}", excerpt(answer.after, LONGEST_ANSWER)))
+            by_prompt.setdefault(answer.prompt, {})[name] = answer
+    for prompt, answers in by_prompt.items():
+        before = {name: answer.before for name, answer in answers.items()}
+        if len(set(before.values())) == 1:
+            before = {"": next(iter(before.values()))}
+        told = "(was not asked)"
+        said = [
+            Said(_label("before", name), excerpt(told if a is None else a, LONGEST_ANSWER))
+            for name, a in before.items()
+        ]
+        for name, answer in answers.items():
+            said.append(
+                Said(_label("after", name if len(runs) > 1 else ""), excerpt(answer.after, LONGEST_ANSWER))
+            )
         yield Question(excerpt(prompt, LONGEST_ANSWER), said)
+
+
+def _label(when: str, run: str) -> str:
+    return f"{when}, {run}" if run else when
 
 
 def _extremes(run: RunRecord, heldout: Heldout) -> ExtremePairs:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from training.utils.charts import BINS, COLOURS, Bars, Curve, draw_curves, draw_histogram
+from training.utils.charts import BINS, CLIPPED_FROM, COLOURS, Bars, Curve, draw_curves, draw_histogram
 from training.utils.heldout_rows import HeldoutRows
 from training.utils.losses import TIE
 from training.utils.run_record import RunRecord, Series
@@ -48,26 +49,36 @@ class Plan:
     level: float | None = None
 
 
-def figures(runs: Sequence[RunRecord]) -> Iterator[Figure]:
-    """All charts of one run, or of several over each other."""
+def figures(runs: Mapping[str, RunRecord]) -> Iterator[Figure]:
+    """All charts of one run, or of several over each other, by the names they go by.
+
+    What the colours of several runs mean stands above all charts, not beside each.
+    """
     for plan in _plans(runs):
         curves = list(_curves(plan, runs))
         if curves:
-            yield _figure(plan, curves)
+            figure = _figure(plan, curves)
+            yield figure if len(runs) == 1 else replace(figure, keys=())
     if len(runs) == 1:
-        yield from _by_source(runs[0])
-    if any(run.heldout for run in runs):
+        yield from _by_source(*runs.values())
+    if any(run.heldout for run in runs.values()):
         yield _distribution(runs)
 
 
-def _plans(runs: Sequence[RunRecord]) -> Iterator[Plan]:
-    names = {name.removeprefix("train/").removeprefix("eval/"): 0 for r in runs for name in r.metrics.series}
+def _plans(runs: Mapping[str, RunRecord]) -> Iterator[Plan]:
+    logged = (name for run in runs.values() for name in run.metrics.series)
+    names = dict.fromkeys(name.removeprefix("train/").removeprefix("eval/") for name in logged)
     loss = main_loss(names)
     plans = [
         *([Plan(f"Loss ({loss})", (loss,))] if loss else []),
         Plan("Perplexity", ("perplexity",)),
-        *(Plan(title.capitalize(), (name,), "Above 0, chosen is preferred.", 0) for name, title in MARGINS.items()),
-        Plan("Accuracy", ("accuracy",), "Share of rows whose chosen answer is preferred; a coin has 0.5.", 0.5),
+        *(
+            Plan(title.capitalize(), (name,), "Above 0, chosen is preferred.", 0)
+            for name, title in MARGINS.items()
+        ),
+        Plan(
+            "Accuracy", ("accuracy",), "Share of rows whose chosen answer is preferred; a coin has 0.5.", 0.5
+        ),
         Plan(
             "Change of log-probability against the reference (nats)",
             ("delta_logp/chosen", "delta_logp/rejected"),
@@ -75,7 +86,7 @@ def _plans(runs: Sequence[RunRecord]) -> Iterator[Plan]:
             0,
         ),
         Plan("Mean log-probability of a token (nats)", ("chosen_avg_lp", "rejected_avg_lp")),
-        *(Plan(n, (n,)) for n in names if n.endswith("_loss") and n != loss),
+        *(Plan(f"Loss ({n})", (n,)) for n in names if n.endswith("_loss") and n != loss),
         Plan(
             "Own preference",
             ("policy_preference",),
@@ -97,12 +108,12 @@ def _title(plan: Plan, name: str) -> str:
     return plan.title if len(plan.names) == 1 else f"{plan.title}: {name.rpartition('/')[2]}"
 
 
-def _curves(plan: Plan, runs: Sequence[RunRecord]) -> Iterator[Curve]:
-    for number, run in enumerate(runs):
+def _curves(plan: Plan, runs: Mapping[str, RunRecord]) -> Iterator[Curve]:
+    for number, (run_name, run) in enumerate(runs.items()):
         for place, name in enumerate(plan.names):
             for heldout, series in _series_of(run, name):
                 kind = "held out" if heldout else "training"
-                label = kind if len(runs) == 1 else f"{run.path}, {kind}"
+                label = kind if len(runs) == 1 else f"{run_name}, {kind}"
                 if len(plan.names) > 1:
                     label = f"{name.rpartition('/')[2].removesuffix('_avg_lp')}, {kind}"
                 alone = len(runs) == 1 and len(plan.names) == 1
@@ -123,7 +134,11 @@ def _figure(plan: Plan, curves: Sequence[Curve]) -> Figure:
     name = f"c-{plan.names[0].replace('/', '-')}"
     missing = sum(int((~np.isfinite(curve.values)).sum()) for curve in curves)
     longest = max(len(curve.steps) for curve in curves)
-    binned = f"Line: mean of {longest // BINS:,} steps; shade: their range." if any(c.is_binned for c in curves) else ""
+    binned = (
+        f"Line: mean of {longest // BINS:,} steps; shade: their range."
+        if any(c.is_binned for c in curves)
+        else ""
+    )
     gaps = f"{missing:,} steps have no finite number." if missing else ""
     told = "; ".join(_told(curve) for curve in curves)
     return Figure(
@@ -151,20 +166,24 @@ def _by_source(run: RunRecord) -> Iterator[Figure]:
     if not found:
         return
     shown = list(found.items())[:COLOURS]
-    curves = [Curve(name, series.steps, series.values, place, True) for place, (name, series) in enumerate(shown)]
-    left_out = f"The first {COLOURS} of {len(found)} sources; the table has all." if len(found) > COLOURS else ""
+    curves = [
+        Curve(name, series.steps, series.values, place, True) for place, (name, series) in enumerate(shown)
+    ]
+    left_out = (
+        f"The first {COLOURS} of {len(found)} sources; the table has all." if len(found) > COLOURS else ""
+    )
     yield _figure(Plan("Held-out accuracy by source", ("source",), left_out, 0.5), curves)
 
 
-def _distribution(runs: Sequence[RunRecord]) -> Figure:
+def _distribution(runs: Mapping[str, RunRecord]) -> Figure:
     """Of the held-out values: before and after of one run, or after of each of several."""
     notes, bars = [], []
-    for place, run in enumerate(runs):
+    for place, (name, run) in enumerate(runs.items()):
         if run.heldout is None:
             continue
         after = _values(run.heldout.after)
         if len(runs) > 1:
-            bars.append(Bars(str(run.path), after, place))
+            bars.append(Bars(name, after, place))
             continue
         before = _values(run.heldout.before)
         if len(before) and np.abs(before).max() <= TIE:
@@ -175,20 +194,21 @@ def _distribution(runs: Sequence[RunRecord]) -> Figure:
         if lost := len(run.heldout.after.rows) - len(after):
             notes.append(f"{lost:,} rows have no finite value.")
     bars = [part for part in bars if len(part.values)]
-    heldout = next(run.heldout for run in runs if run.heldout)
+    heldout = next(run.heldout for run in runs.values() if run.heldout)
     title = f"Held-out rows by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
     told = "; ".join(
-        f"{part.label}: {len(part.values):,} rows, middle {number(float(np.median(part.values)))}, "
+        f"{part.label}: {len(part.values):,} rows, median {number(float(np.median(part.values)))}, "
         f"{(part.values > TIE).mean():.1%} above 0"
         for part in bars
     )
-    notes.append("Rows in each range; the outermost half percent is in the first and last.")
+    if sum(len(part.values) for part in bars) >= CLIPPED_FROM:
+        notes.append("The outermost half percent on each side is in the first and the last bar.")
     svg = draw_histogram("h-heldout", bars) if bars else ""
     keys = [Key(part.label, part.colour % COLOURS, False) for part in bars]
     return Figure(title, svg, f"{title}. {told}.", f"{told}. {' '.join(notes)}", keys)
 
 
-def _values(rows: HeldoutRows) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _values(rows: HeldoutRows) -> NDArray[np.float64]:
     return np.array([row.value for row in rows.rows if math.isfinite(row.value)])
 
 
@@ -200,4 +220,4 @@ def number(value: float | None) -> str:
         return "not finite"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from firesteel.sdk import CheckpointError
-from firesteel.sdk.types import FloatArray
 from training.utils.checkpoints import Listed, found_in
 from training.utils.environment import Environment
 from training.utils.heldout_rows import HeldoutRows, heldout_steps, read_heldout
@@ -35,8 +35,8 @@ RECIPES_BY_SETTING = {"orpo_lambda": "orpo", "beta": "dpo"}
 class Series:
     """One metric: its values, in the order in which they were logged; not a number where none was finite."""
 
-    steps: FloatArray
-    values: FloatArray
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
 
     @property
     def first(self) -> float:
@@ -147,6 +147,8 @@ def read_run(run: Path) -> RunRecord:
     if metrics.damaged:
         unread.append(f"{metrics.damaged:,} lines of metrics.jsonl are damaged and left out")
     before, after = _heldout_metrics(metrics, summary)
+    if (steps := heldout_steps(run)) and steps[0] != 0:
+        before = {}  # it went on with other held-out rows than it began with
     return RunRecord(
         path=run,
         state="finished" if summary else "running" if is_held(run) else "stopped",

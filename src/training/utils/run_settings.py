@@ -71,7 +71,16 @@ class RunSettings(Settings):
 
 
 RUN_SETTINGS_THAT_MAY_CHANGE = frozenset(
-    {"log_path", "resume", "takeover", "dcp_save_interval", "keep_last", "keep_every", "on_nonfinite", "report"}
+    {
+        "log_path",
+        "resume",
+        "takeover",
+        "dcp_save_interval",
+        "keep_last",
+        "keep_every",
+        "on_nonfinite",
+        "report",
+    }
 )
 """Of these settings: those with which a run may go on though they are others than before."""
 

@@ -1,6 +1,7 @@
 """Is it learning? What a run's held-out numbers say, in words, with what to try where they say no.
 
-Nothing is concluded that the numbers do not carry: a share has its interval, and without held-out rows there is no answer.
+Nothing is concluded that the numbers do not carry: a share has its interval, and without held-out rows there is no
+answer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ DISPLACED = -0.5
 Z = 1.959963984540054
 """Of 95 %."""
 COIN = 0.5
+FEW = 30
+"""Held-out rows: fewer tell little."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,8 @@ def _warnings(run: RunRecord) -> Iterator[str]:
         yield f"{skipped:,} steps were skipped: their loss or gradient was not finite."
     if truncated := run.after.get("truncated", 0.0):
         yield f"{truncated:.1%} of the held-out rows were cut to max_seq_len."
-    if rows := _rows(run):
-        if rows < 30:
-            yield f"Only {rows} rows are held out: most differences between runs are chance."
+    if (rows := _rows(run)) and rows < FEW:
+        yield f"Only {rows} rows are held out: most differences between runs are chance."
     if lost := sum(run.lost.counts.values()):
         yield f"{lost:,} rows of the data were refused, dropped or shortened; see Rows lost."
     yield from (f"{problem}." for problem in run.unread)
