@@ -8,7 +8,6 @@ is still seen.
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,9 @@ MARKED = 40
 COLOURS = 7
 """Of runs or sides; the page defines them as --c0, --c1, …"""
 BARS = 30
+TINY = 1e-3
+"""Ticks below this have powers of ten."""
+MOST_DIGITS = 17
 CLIPPED_FROM = 200
 """From so many values on, a histogram's first and last bar hold the outermost half percent."""
 # matplotlib wants colours, the page has variables: each stands for one, and is replaced in the text.
@@ -205,21 +207,22 @@ def _label_ticks(axes: Axes) -> None:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Of the ticks of one axis."""
+    """Of the ticks of one axis: with as few digits as say each of them, with powers of ten where all are tiny."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     apart = min((b - a for a, b in pairwise(ticks)), default=largest or 1.0)
-    if largest and largest < 1e-3:
-        digits = max(0, math.ceil(math.log10(largest / apart) - 1e-9))
-        return ["0" if tick == 0 else _power(tick, digits) for tick in ticks]
-    decimals = max(0, math.ceil(-math.log10(apart) - 1e-9)) if apart > 0 else 2
-    if any(abs(round(tick, decimals) - tick) > apart / 100 for tick in ticks):
-        decimals += 1
-    return [f"{tick + 0.0:,.{decimals}f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
+    form = "e" if 0 < largest < TINY else "f"
+    forms = (f",.{digits}{form}" for digits in range(MOST_DIGITS))
+    exact = (
+        f for f in forms if all(abs(float(f"{t:{f}}".replace(",", "")) - t) < apart / 100 for t in ticks)
+    )
+    chosen = next(exact, f".{MOST_DIGITS}{form}")
+    return [_shown(tick, chosen) for tick in ticks]
 
 
-def _power(value: float, digits: int) -> str:
-    mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
+def _shown(tick: float, form: str) -> str:
+    text = f"{tick:{form}}" if tick else "0"
+    mantissa, _, exponent = text.partition("e")
+    return (f"{mantissa}e{int(exponent)}" if exponent else mantissa).replace("-", "\N{MINUS SIGN}")
 
 
 def _for_a_page(svg: str, name: str) -> str:

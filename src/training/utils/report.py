@@ -112,8 +112,8 @@ def report_at_the_end(run: Path) -> str:
     started = time.monotonic()
     try:
         written = write_report([run])
-    except StorageError as error:
-        return f"report: not written: {error}; once there is room: firesteel report {run}"
+    except (StorageError, ConfigError) as error:
+        return f"report: not written: {error}; once that is mended: firesteel report {run}"
     return f"report: {written} ({time.monotonic() - started:.1f} s)"
 
 

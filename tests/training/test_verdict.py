@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.utils.heldout_rows import HeldoutRow, HeldoutRows, write_heldout
+from training.utils.run_record import RunRecord, read_run
+from training.utils.verdict import Z, main_loss, verdict_of, wilson
+
+
+@given(st.integers(1, 5000), st.floats(0, 1))
+@settings(deadline=None)
+def test_the_ends_of_wilsons_interval_are_where_the_share_is_just_not_rejected(
+    count: int, share: float
+) -> None:
+    interval = wilson(share, count)
+    assert 0 <= interval.low <= share + 1e-12
+    assert share - 1e-12 <= interval.high <= 1
+    for end in (interval.low, interval.high):
+        assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / count), abs=1e-7)
+
+
+def run_with(
+    folder: Path, after: dict[str, Any], rows: int = 100, before: dict[str, Any] | None = None
+) -> RunRecord:
+    """A run whose held-out metrics went from and to these."""
+    import json
+
+    config = {"log_path": "x", "base_model": "y", "dataset": "z"}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [
+        {"train/step": step, **{f"eval/{n}": v for n, v in metrics.items()}}
+        for step, metrics in ((0, before or {"accuracy": 0.0, "tie_rate": 1.0}), (9, after))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (0, 9):
+        held = [HeldoutRow(line, 1.0, {"chosen": 1}) for line in range(1, rows + 1)]
+        write_heldout(folder, step, HeldoutRows("margin", held))
+    return read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rows", "kind"),
+    [
+        (0.9, 100, "yes"),
+        (0.56, 100, "unclear"),
+        (0.56, 2000, "yes"),
+        (0.5, 5000, "unclear"),
+        (0.3, 100, "no"),
+    ],
+)
+def test_an_answer_is_given_where_the_interval_lies_on_one_side_of_a_coin(
+    tmp_path: Path, accuracy: float, rows: int, kind: str
+) -> None:
+    assert verdict_of(run_with(tmp_path, {"accuracy": accuracy, "tie_rate": 0.0}, rows)).kind == kind
+
+
+def test_an_interval_that_was_logged_is_taken(tmp_path: Path) -> None:
+    logged = {"accuracy": 0.9, "accuracy_low": 0.4, "accuracy_high": 0.95}
+    verdict = verdict_of(run_with(tmp_path, logged))
+    assert verdict.kind == "unclear"
+    assert "95 % interval 0.400 to 0.950" in verdict.facts[0]
+
+
+def test_margins_that_stay_ties_are_no_learning(tmp_path: Path) -> None:
+    verdict = verdict_of(run_with(tmp_path, {"accuracy": 0.1, "tie_rate": 0.9}))
+    assert (verdict.kind, "hardly moved" in verdict.answer) == ("no", True)
+
+
+@pytest.mark.parametrize(("change", "flagged"), [(-3.0, True), (-0.1, False), (2.0, False)])
+def test_chosen_answers_that_became_less_likely_are_pointed_out(
+    tmp_path: Path, change: float, flagged: bool
+) -> None:
+    after = {"accuracy": 0.9, "delta_logp/chosen": change, "delta_logp/rejected": -9.0}
+    warnings = " ".join(verdict_of(run_with(tmp_path, after)).warnings)
+    assert ("Likelihood displacement" in warnings) == flagged
+
+
+@pytest.mark.parametrize(("before", "after", "kind"), [(2.0, 1.5, "yes"), (2.0, 2.5, "no")])
+def test_without_an_accuracy_the_loss_answers(tmp_path: Path, before: float, after: float, kind: str) -> None:
+    assert verdict_of(run_with(tmp_path, {"loss": after}, before={"loss": before})).kind == kind
+
+
+def test_a_held_out_loss_that_was_lower_before_the_end_is_pointed_out(tmp_path: Path) -> None:
+    import json
+
+    run_with(tmp_path, {"loss": 2.0})
+    losses = [2.0, 1.0, 1.6]
+    lines = [json.dumps({"train/step": step, "eval/loss": loss}) for step, loss in enumerate(losses)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    told = " ".join(verdict_of(read_run(tmp_path)).warnings)
+    assert "lowest after step 1 (1.0000) and has risen to 1.6000" in told
+
+
+def test_the_loss_of_a_run_is_that_which_it_minimises() -> None:
+    assert main_loss({"train/or_loss": 0, "train/sft_loss": 0, "train/orpo_loss": 0}) == "orpo_loss"
+    assert main_loss({"eval/loss": 0, "eval/perplexity": 0}) == "loss"
+    assert main_loss({"train/strange_loss": 0, "train/lr": 0}) == "strange_loss"
+    assert main_loss({"train/lr": 0}) is None
