@@ -7,6 +7,7 @@ person looks at.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ MARK = '<meta name="generator" content="firesteel report">'
 """Known by this, a page may be replaced by the next."""
 PAIRS_SHOWN = 5
 LONGEST_ANSWER = 2000
+HASH = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,8 @@ def _shown(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return excerpt("; ".join(map(str, value))) or "none"
-    return excerpt(str(value))
+    text = str(value)
+    return f"{text[:12]}…" if HASH.fullmatch(text) else excerpt(text)
 
 
 def _questions(runs: Mapping[str, RunRecord]) -> Iterator[Question]:
