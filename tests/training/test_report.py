@@ -234,7 +234,7 @@ def test_orpo_has_its_own_names_and_no_reference(folder: Path) -> None:
     assert "ORPO run: an adapter of rank 4 of tiny-llama" in page.text
     assert "log_odds_ratio" in page.tables["Held out"]
     assert "the reference" not in " ".join(page.told)
-    assert [told for told in page.told if told.startswith("Held-out rows by log odds ratio. before: 12 rows")]
+    assert [told for told in page.told if told.startswith("Held out, by log odds ratio. before: 12 values")]
 
 
 def test_runs_beside_each_other(folder: Path, tmp_path: Path) -> None:
@@ -325,3 +325,29 @@ def test_a_report_that_cannot_be_written_is_said_and_the_run_is_finished(
     shutil.copytree(folder / "bare", run, ignore=shutil.ignore_patterns("report.html"))
     (run / "report.html").mkdir()
     assert report_at_the_end(run).startswith("report: not written: ")
+
+
+def test_the_pairs_of_a_ranked_list_are_told_apart(tmp_path: Path) -> None:
+    lists = [
+        {
+            "prompt": f"Q{i}? ",
+            "completions": [{"text": text, "score": -n} for n, text in enumerate(("yes", "so so", "nope"))],
+        }
+        for i in range(4)
+    ]
+    path = tmp_path / "lists.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in lists))
+    dpo_loop.main(config(tmp_path, eval_dataset=str(path)))
+    after = read_heldout(tmp_path / "run", 3)
+    assert after is not None
+    assert [(row.line, row.pair) for row in after.rows] == [
+        (line, pair) for line in (1, 2, 3, 4) for pair in (1, 2, 3)
+    ]
+    page = read_page(write_report([tmp_path / "run"]))
+    worst = min(after.rows, key=lambda row: row.value)
+    assert f"Line {worst.line}, pair {worst.pair}: margin 0 → " in page.text
+    assert [text for text in page.texts if text.startswith("answer ")][:3] == [
+        "answer 1",
+        "answer 2",
+        "answer 3",
+    ]

@@ -34,6 +34,8 @@ class HeldoutRow:
     """Of the evaluation's measure; not a number where it was not finite."""
     tokens: Mapping[str, int]
     """Scored tokens, by side."""
+    pair: int = 1
+    """Which of the pairs that the row makes: a ranked list makes several."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjec
     """The margin of each pair, and how long its sides are."""
     chosen, rejected = scores.chosen.tokens.tolist(), scores.rejected.tokens.tolist()
     columns = zip(lines, objective.margins(scores).tolist(), chosen, rejected, strict=True)
-    rows = [HeldoutRow(line, m, {"chosen": int(c), "rejected": int(r)}) for line, m, c, r in columns]
+    rows: list[HeldoutRow] = []
+    for line, margin, c, r in columns:
+        pair = rows[-1].pair + 1 if rows and rows[-1].line == line else 1
+        rows.append(HeldoutRow(line, margin, {"chosen": int(c), "rejected": int(r)}, pair))
     return HeldoutRows(objective.margin_name, rows)
 
 
@@ -58,7 +63,8 @@ def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:
     folder, content = run / HELDOUT, bytearray()
     for row in evaluated.rows:
         tokens = {f"{side}_tokens": count for side, count in row.tokens.items()}
-        told = {"line": row.line, evaluated.measure: round(row.value, DIGITS), **tokens}
+        which = {"pair": row.pair} if row.pair > 1 else {}
+        told = {"line": row.line, **which, evaluated.measure: round(row.value, DIGITS), **tokens}
         content += orjson.dumps(told) + b"\n"
     with storage_errors(folder, len(content)):
         folder.mkdir(exist_ok=True)
@@ -84,7 +90,7 @@ def read_heldout(run: Path, step: int) -> HeldoutRows | None:
     try:
         lines = (run / heldout_name(step)).read_bytes().splitlines()
         records: list[dict[str, Any]] = [orjson.loads(line) for line in lines]
-        measure = next(name for name in records[0] if name != "line" and not name.endswith("_tokens"))
+        measure = next(n for n in records[0] if n not in ("line", "pair") and not n.endswith("_tokens"))
         return HeldoutRows(measure, [_row(record, measure) for record in records])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return None
@@ -93,4 +99,6 @@ def read_heldout(run: Path, step: int) -> HeldoutRows | None:
 def _row(record: Mapping[str, Any], measure: str) -> HeldoutRow:
     value = record[measure]
     tokens = {n.removesuffix("_tokens"): int(c) for n, c in record.items() if n.endswith("_tokens")}
-    return HeldoutRow(int(record["line"]), math.nan if value is None else float(value), tokens)
+    return HeldoutRow(
+        int(record["line"]), math.nan if value is None else float(value), tokens, int(record.get("pair", 1))
+    )

@@ -44,7 +44,7 @@ class MetricRow:
 class PairView:
     """A held-out row, with its value before and after."""
 
-    line: int
+    place: str
     before: str
     after: str
     tokens: str
@@ -325,18 +325,21 @@ def _label(when: str, run: str) -> str:
 
 def _extremes(run: RunRecord, heldout: Heldout) -> ExtremePairs:
     ranked = sorted(
-        (row for row in heldout.after.rows if row.value == row.value), key=lambda r: (r.value, r.line)
+        (row for row in heldout.after.rows if row.value == row.value), key=lambda r: (r.value, r.line, r.pair)
     )
     shown = min(PAIRS_SHOWN, (len(ranked) + 1) // 2)
     worst, best = ranked[:shown], ranked[::-1][: min(shown, len(ranked) - shown)]
     path, sha256 = _heldout_file(run)
     texts = read_back(path, sha256, {row.line for row in (*worst, *best)})
-    before = {row.line: row.value for row in heldout.before.rows}
+    before = {(row.line, row.pair): row.value for row in heldout.before.rows}
+    several = {row.line for row in heldout.after.rows if row.pair > 1}
 
     def view(row: HeldoutRow) -> PairView:
         tokens = ", ".join(f"{side} {count:,}" for side, count in row.tokens.items())
         text = None if isinstance(texts, str) else texts.get(row.line)
-        return PairView(row.line, number(before.get(row.line)), number(row.value), tokens, text)
+        place = f"Line {row.line}" + (f", pair {row.pair}" if row.line in several else "")
+        was = before.get((row.line, row.pair))
+        return PairView(place, number(was), number(row.value), tokens, text)
 
     return ExtremePairs(
         heldout.after.measure,

@@ -192,12 +192,12 @@ def _distribution(runs: Mapping[str, RunRecord]) -> Figure:
             bars.append(Bars("before", before, 1))
         bars.append(Bars(f"after step {run.heldout.step:,}", after, 0))
         if lost := len(run.heldout.after.rows) - len(after):
-            notes.append(f"{lost:,} rows have no finite value.")
+            notes.append(f"{lost:,} values are not finite.")
     bars = [part for part in bars if len(part.values)]
     heldout = next(run.heldout for run in runs.values() if run.heldout)
-    title = f"Held-out rows by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
+    title = f"Held out, by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
     told = "; ".join(
-        f"{part.label}: {len(part.values):,} rows, median {number(float(np.median(part.values)))}, "
+        f"{part.label}: {len(part.values):,} values, median {number(float(np.median(part.values)))}, "
         f"{(part.values > TIE).mean():.1%} above 0"
         for part in bars
     )

@@ -15,15 +15,18 @@ from training.utils.preference_examples import (
     Messages,
     PlainExample,
     PreferenceExample,
+    RankedExample,
 )
 
 LONGEST = 700
 """Characters of a text that are shown."""
+ANSWERS = 6
+"""Of a ranked list, the first so many are shown, best first."""
 
 
 @dataclass(frozen=True)
 class RowText:
-    """A row as its labelled parts: prompt, chosen, rejected; or as it stands, where it is none of a pair."""
+    """A row as its labelled parts: prompt, chosen, rejected, or the answers of a ranked list; or as it stands."""
 
     parts: Mapping[str, str]
 
@@ -68,8 +71,16 @@ def _parts(example: PreferenceExample) -> Mapping[str, str]:
         sides = example.prompt, example.chosen, example.rejected
         prompt, chosen, rejected = (_conversation(side) for side in sides)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if isinstance(example, RankedExample):
+        answers = (_said_in(answer) for answer in example.answers[:ANSWERS])
+        numbered = {f"answer {place}": text for place, text in enumerate(answers, start=1)}
+        return {"prompt": _said_in(example.prompt), **numbered}
     prompt = example.prompt if isinstance(example, PlainExample) else ""
     return {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected}
+
+
+def _said_in(part: Messages | str) -> str:
+    return part if isinstance(part, str) else _conversation(part)
 
 
 def _conversation(messages: Messages) -> str:

@@ -191,5 +191,5 @@ def _or_infinite(value: float) -> float:
 
 
 def _rows(run: RunRecord) -> int | None:
-    """How many rows are held out."""
-    return len(run.heldout.after.rows) if run.heldout else None
+    """How many rows are held out. The pairs of one ranked list hang together: they count as one."""
+    return len({row.line for row in run.heldout.after.rows}) if run.heldout else None
