@@ -89,6 +89,7 @@ def sft_config(folder: Path, count: int = 8, **settings: Any) -> sft_loop.Config
         "lora_rank": 4,
         "learning_rate": 3e-3 if settings.get("lora_rank", 4) else 3e-4,
         "batch_size": 3,
+        "report": False,
         **settings,
     }
     return sft_loop.Config(**values)

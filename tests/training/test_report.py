@@ -13,10 +13,10 @@ import orjson
 import pytest
 import test_orpo
 from pages import Reading, read_page
-from runs import config, numbers, write_rows
+from runs import config, numbers, sft_config, write_chats, write_rows
 
 from firesteel.sdk import CheckpointError, ConfigError
-from training.recipes import dpo_loop, orpo_loop
+from training.recipes import dpo_loop, orpo_loop, sft_loop
 from training.utils.heldout_rows import read_heldout
 from training.utils.report import report_at_the_end, write_report
 from training.utils.row_excerpts import LONGEST, read_back
@@ -351,3 +351,25 @@ def test_the_pairs_of_a_ranked_list_are_told_apart(tmp_path: Path) -> None:
         "answer 2",
         "answer 3",
     ]
+
+
+def test_sft_is_read_by_its_loss_and_shows_the_rows_that_it_finds_hardest(tmp_path: Path) -> None:
+    held = write_chats(tmp_path / "held.jsonl", 6)
+    sft_loop.main(sft_config(tmp_path, eval_dataset=held, epochs=3))
+    after = read_heldout(tmp_path / "run", 9)
+    assert after is not None
+    summary = json.loads((tmp_path / "run/summary.json").read_text())["after"]
+    weights = [
+        row.tokens["learned"] * (2 if row.line % 3 == 1 else 1) for row in after.rows
+    ]  # see write_chats
+    mean = sum(row.value * weight for row, weight in zip(after.rows, weights, strict=True)) / sum(weights)
+    assert mean == pytest.approx(summary["sft_loss"], rel=1e-5)
+    page = read_page(write_report([tmp_path / "run"]))
+    assert "SFT run: an adapter of rank 4 of tiny-llama" in page.text
+    assert "(8 examples, 6 held out)" in page.text
+    assert "Yes: the loss on rows that it was not trained on has come down." in page.text
+    worst = max(after.rows, key=lambda row: row.value)
+    shown = [text.split(":")[0] for text in page.texts if text.startswith("Line ")]
+    assert shown[0] == f"Line {worst.line}"
+    assert "answer" in page.texts
+    assert "above 0" not in " ".join(page.told)

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,8 @@ class Environment:
         cls, recipe: str, total_steps: int, policy: ModelDescription, data: Mapping[str, Any]
     ) -> Environment:
         """As it is now."""
+        from importlib.metadata import version
+
         import torch
 
         packages = {name: version(name) for name in PACKAGES}

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 
+from firesteel.sdk.types import Datum, FloatArray
 from firesteel.sealed import replace_file, storage_errors
 from training.utils.run_folder import HELDOUT
 
@@ -46,6 +48,11 @@ class HeldoutRows:
     """The metric that the values are of, as `margin`."""
     rows: Sequence[HeldoutRow]
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the measure is a loss."""
+        return self.measure.endswith("loss")
+
 
 def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjective) -> HeldoutRows:
     """The margin of each pair, and how long its sides are."""
@@ -56,6 +63,14 @@ def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjec
         pair = rows[-1].pair + 1 if rows and rows[-1].line == line else 1
         rows.append(HeldoutRow(line, margin, {"chosen": int(c), "rejected": int(r)}, pair))
     return HeldoutRows(objective.margin_name, rows)
+
+
+def row_of_nll(line: int, datum: Datum, logprobs: FloatArray) -> HeldoutRow:
+    """The mean negative log-likelihood of a sequence's learned tokens, by their weights."""
+    weights = datum.loss_fn_inputs["weights"].to_numpy().astype(np.float64)
+    learned = weights != 0
+    nll = -(logprobs[learned] * weights[learned]).sum() / weights[learned].sum()
+    return HeldoutRow(line, float(nll), {"learned": int(learned.sum())})
 
 
 def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
 from training.utils.client import ReconnectableClient
+from training.utils.heldout_rows import HeldoutRows
 from training.utils.reference_pass import AnyReferences
 from training.utils.row_check import RowKind
 from training.utils.row_sets import RowSet
@@ -52,5 +53,9 @@ class Learner(Protocol[T]):
         rows: RowSet[T],
         references: AnyReferences,
         abandon: Callable[[], bool],
+        keep: Callable[[HeldoutRows], None],
     ) -> dict[str, float]:
-        """Metrics over held-out rows, each counted once, however they are batched; empty if `abandon` says so."""
+        """Metrics over held-out rows, each counted once, however they are batched; empty if `abandon` says so.
+
+        `keep` is told what there is of each row.
+        """

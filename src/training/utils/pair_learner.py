@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
 from training.utils.client import ReconnectableClient
 from training.utils.evaluation import evaluate
+from training.utils.heldout_rows import HeldoutRows
 from training.utils.losses import PairObjective, make_pair_loss
 from training.utils.pairs import DistinctDatums, PreferencePair
 from training.utils.preference_rows import PREFERENCES, PreferenceRows
@@ -61,9 +62,10 @@ class PairLearner:
         rows: RowSet[PreferencePair],
         references: AnyReferences,
         abandon: Callable[[], bool],
+        keep: Callable[[HeldoutRows], None] = lambda rows: None,
     ) -> dict[str, float]:
         """See `evaluation.evaluate`."""
-        return evaluate(policy, rows, references, self.objective, abandon=abandon)
+        return evaluate(policy, rows, references, self.objective, abandon=abandon, keep=keep)
 
     @property
     def _weighted_only(self) -> bool:

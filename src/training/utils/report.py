@@ -6,6 +6,7 @@ person looks at.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -188,7 +189,7 @@ def _headline(run: RunRecord) -> str:
     config, rank = run.config, run.config.get("lora_rank")
     weights = f"an adapter of rank {rank}" if rank else "all weights"
     data = run.environment.data if run.environment else {}
-    counts = [f"{data[kind]:,} {kind}" for kind in ("pairs", "rows") if isinstance(data.get(kind), int)]
+    counts = [f"{data[kind]:,} {kind}" for kind in ("pairs", "examples") if isinstance(data.get(kind), int)]
     if run.heldout:
         counts.append(f"{len(run.heldout.after.rows):,} held out")
     of = f" ({', '.join(counts)})" if counts else ""
@@ -324,9 +325,9 @@ def _label(when: str, run: str) -> str:
 
 
 def _extremes(run: RunRecord, heldout: Heldout) -> ExtremePairs:
-    ranked = sorted(
-        (row for row in heldout.after.rows if row.value == row.value), key=lambda r: (r.value, r.line, r.pair)
-    )
+    sign = -1 if heldout.after.lower_is_better else 1
+    finite = [row for row in heldout.after.rows if math.isfinite(row.value)]
+    ranked = sorted(finite, key=lambda row: (sign * row.value, row.line, row.pair))
     shown = min(PAIRS_SHOWN, (len(ranked) + 1) // 2)
     worst, best = ranked[:shown], ranked[::-1][: min(shown, len(ranked) - shown)]
     path, sha256 = _heldout_file(run)

@@ -196,16 +196,18 @@ def _distribution(runs: Mapping[str, RunRecord]) -> Figure:
     bars = [part for part in bars if len(part.values)]
     heldout = next(run.heldout for run in runs.values() if run.heldout)
     title = f"Held out, by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
-    told = "; ".join(
-        f"{part.label}: {len(part.values):,} values, median {number(float(np.median(part.values)))}, "
-        f"{(part.values > TIE).mean():.1%} above 0"
-        for part in bars
-    )
+    told = "; ".join(_distributed(part, above=not heldout.after.lower_is_better) for part in bars)
     if sum(len(part.values) for part in bars) >= CLIPPED_FROM:
         notes.append("The outermost half percent on each side is in the first and the last bar.")
     svg = draw_histogram("h-heldout", bars) if bars else ""
     keys = [Key(part.label, part.colour % COLOURS, False) for part in bars]
     return Figure(title, svg, f"{title}. {told}.", f"{told}. {' '.join(notes)}", keys)
+
+
+def _distributed(part: Bars, above: bool) -> str:
+    share = f", {(part.values > TIE).mean():.1%} above 0" if above else ""
+    median = number(float(np.median(part.values)))
+    return f"{part.label}: {len(part.values):,} values, median {median}{share}"
 
 
 def _values(rows: HeldoutRows) -> NDArray[np.float64]:

@@ -17,6 +17,8 @@ from training.utils.preference_examples import (
     PreferenceExample,
     RankedExample,
 )
+from training.utils.sft_data import read_sft_row
+from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample
 
 LONGEST = 700
 """Characters of a text that are shown."""
@@ -26,7 +28,7 @@ ANSWERS = 6
 
 @dataclass(frozen=True)
 class RowText:
-    """A row as its labelled parts: prompt, chosen, rejected, or the answers of a ranked list; or as it stands."""
+    """A row as its labelled parts: prompt and answers, or as it stands where no reader knows it."""
 
     parts: Mapping[str, str]
 
@@ -59,11 +61,15 @@ def read_back(path: Path, sha256: str | None, lines: Collection[int]) -> Mapping
 
 
 def _text_of(raw: bytes, line: int) -> RowText:
+    """A row is of one kind; which, only its reader says."""
     try:
-        _, example = read_row(raw, line)
-    except ExampleError:  # a row of another kind of data
-        return RowText({"row": excerpt(raw.decode(errors="replace"))})
-    return RowText({name: excerpt(text) for name, text in _parts(example).items()})
+        parts = _parts(read_row(raw, line)[1])
+    except ExampleError:
+        try:
+            parts = _sft_parts(read_sft_row(raw, line)[1])
+        except ExampleError:
+            parts = {"row": raw.decode(errors="replace")}
+    return RowText({name: excerpt(text) for name, text in parts.items()})
 
 
 def _parts(example: PreferenceExample) -> Mapping[str, str]:
@@ -77,6 +83,16 @@ def _parts(example: PreferenceExample) -> Mapping[str, str]:
         return {"prompt": _said_in(example.prompt), **numbered}
     prompt = example.prompt if isinstance(example, PlainExample) else ""
     return {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected}
+
+
+def _sft_parts(example: SftExample) -> Mapping[str, str]:
+    if isinstance(example, DocumentExample):
+        return {"text": example.text}
+    if isinstance(example, CompletionExample):
+        return {"prompt": example.prompt, "completion": example.completion}
+    first = example.learned.index(True)
+    asked, answered = example.messages[:first], example.messages[first:]
+    return {"prompt": _conversation(asked), "answer": _conversation(answered)}
 
 
 def _said_in(part: Messages | str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from firesteel.sdk import Datum, ForwardBackwardOutput, TensorData, Verification
 from training.utils.client import ReconnectableClient
+from training.utils.heldout_rows import HeldoutRow, HeldoutRows, row_of_nll
 from training.utils.losses import make_nll_loss, weight_of
 from training.utils.reference_pass import AnyReferences
 from training.utils.row_sets import RowSet
@@ -56,15 +57,20 @@ class SftLearner:
         rows: RowSet[LearnedSequence],
         references: AnyReferences,
         abandon: Callable[[], bool],
+        keep: Callable[[HeldoutRows], None] = lambda rows: None,
     ) -> dict[str, float]:
         """Mean over all tokens of all held-out rows, by their weights."""
-        loss, total = 0.0, 0.0
+        loss, total, told = 0.0, 0.0, list[HeldoutRow]()
         for items in rows.blocks(EVALUATED_AT_ONCE):
             if abandon():
                 return {}
             data = self.data(items)
-            loss += policy.forward(data, weighted_only=True).metrics["loss:sum"]
+            result = policy.forward(data, weighted_only=True)
+            loss += result.metrics["loss:sum"]
             total += sum(map(weight_of, data))
+            outputs = [output["logprobs"].to_numpy() for output in result.loss_fn_outputs]
+            told += [row_of_nll(item.line, item.datum, row) for item, row in zip(items, outputs, strict=True)]
+        keep(HeldoutRows(self.loss_name, told))
         return nll_metrics(loss / total)
 
 
