@@ -206,9 +206,9 @@ def test_damaged_lines_are_left_out_and_counted(folder: Path, tmp_path: Path) ->
     (run / "samples.jsonl").write_bytes(b"no json\n")
     (run / "bad_rows.jsonl").write_bytes(b'{"line": 3}\n')
     told = read_page(write_report([run]))
-    assert "4 lines of metrics.jsonl are damaged and left out" in told.text
+    assert "4 lines of metrics.jsonl are damaged and left out." in told.texts
     assert "a line of samples.jsonl is damaged" in told.text
-    assert "1 lines of bad_rows.jsonl are damaged" in told.text
+    assert "1 lines of bad_rows.jsonl are damaged and left out." in told.texts
     assert "5,000" not in told.tables["Training steps"]["train/loss"]
 
 
