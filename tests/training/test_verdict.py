@@ -102,3 +102,19 @@ def test_the_loss_of_a_run_is_that_which_it_minimises() -> None:
     assert main_loss({"eval/loss": 0, "eval/perplexity": 0}) == "loss"
     assert main_loss({"train/strange_loss": 0, "train/lr": 0}) == "strange_loss"
     assert main_loss({"train/lr": 0}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [([-0.3, -0.2, -0.4, -0.3], "yes"), ([-3.0, 2.9, -2.8, 2.7], "unclear")],
+    ids=["all", "some"],
+)
+def test_a_loss_that_fell_on_some_rows_and_rose_on_others_shows_nothing(
+    tmp_path: Path, changes: list[float], kind: str
+) -> None:
+    run_with(tmp_path, {"sft_loss": 1.95}, before={"sft_loss": 2.0})
+    for step in (0, 9):
+        values = [2.0 + (change if step else 0) for change in changes]
+        rows = [HeldoutRow(line, value, {"learned": 5}) for line, value in enumerate(values, start=1)]
+        write_heldout(tmp_path, step, HeldoutRows("sft_loss", rows))
+    assert verdict_of(read_run(tmp_path)).kind == kind

@@ -7,11 +7,12 @@ answer.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from training.utils.run_record import RunRecord
+from training.utils.run_record import Heldout, RunRecord
 
 Kind = Literal["yes", "no", "unclear", "unknown"]
 
@@ -113,12 +114,29 @@ def _by_loss(run: RunRecord) -> tuple[Kind, str]:
     if loss is None or loss not in run.before:
         return "unclear", "Not known: there is no held-out loss of before to compare with."
     before, after = run.before[loss], run.after[loss]
+    change = _change_of_rows(run.heldout) if run.heldout and run.heldout.after.measure == loss else None
+    if change is not None and change.low <= 0 <= change.high:
+        return (
+            "unclear",
+            "Not shown: the held-out loss has come down on some rows and risen on others, as by chance.",
+        )
     if after < before:
         return "yes", "Yes: the loss on rows that it was not trained on has come down."
     return (
         "no",
         "No: the held-out loss has not come down. A smaller learning rate, or fewer epochs, may help.",
     )
+
+
+def _change_of_rows(heldout: Heldout) -> Interval | None:
+    """Of the mean change of a row's value; None where there are too few for one."""
+    before = {(row.line, row.pair): row.value for row in heldout.before.rows}
+    changes = [row.value - before.get((row.line, row.pair), math.nan) for row in heldout.after.rows]
+    finite = [change for change in changes if math.isfinite(change)]
+    if len(finite) < 2:
+        return None
+    mean, half = statistics.fmean(finite), Z * statistics.stdev(finite) / math.sqrt(len(finite))
+    return Interval(mean - half, mean + half)
 
 
 def _facts(run: RunRecord) -> Iterator[str]:
