@@ -33,7 +33,7 @@ RESULTS = ("samples.jsonl", "adapter", "model", SUMMARY)
 # In the order in which they are moved: half moved, there are no checkpoints to go on from, and it is still a run.
 RUN_FILES = (
     *(LISTING, CHECKPOINTS, *RESULTS),
-    *("metrics.jsonl", "bad_rows.jsonl", "wandb", "reference", "exports", "config.json"),
+    *("metrics.jsonl", "bad_rows.jsonl", "wandb", "tensorboard", "reference", "exports", "config.json"),
 )
 # By these settings a run's `config.json` is told from that of a model, which has the same name.
 _SETTINGS_OF_A_RUN = {"log_path", "base_model", "dataset"}
