@@ -124,6 +124,7 @@ def in_a_terminal(columns: int, *arguments: str) -> str:
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_of_40_columns_shows_its_numbers_beside_the_bar(tmp_path: Path) -> None:
     written = in_a_terminal(40, PROGRAM, str(Path(__file__).parent), str(tmp_path))
     rows = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", row) for row in re.split(r"[\r\n]+", written)]
