@@ -47,6 +47,7 @@ def is_warned(now: dict[str, float], before: dict[str, float] = START) -> bool:
         (heldout(5.0, -3.0, stderr=1.6), False),  # 1.96 standard errors reach 0
         (heldout(5.0, -3.0, stderr=1.5), True),
         (heldout(0.0005, -3.0), False),  # within what is a tie
+        (heldout(5.0, -0.002, stderr=0.001), False),  # within rounding
         (heldout(5.0, -3.0, stderr=math.nan), False),  # one pair alone
     ],
 )

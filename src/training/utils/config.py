@@ -62,7 +62,7 @@ class TrackioConfig(Settings):
     """trackio, used when `project` is set (extra `firesteel[trackio]`); on this machine, `trackio show` draws it."""
 
     project: str | None = Field(default=None, min_length=1)
-    """Project to log to."""
+    """trackio project to log to."""
     run_name: str | None = Field(default=None, min_length=1)
     """Name shown for this run; unset = that of its folder."""
 
@@ -71,7 +71,7 @@ class TensorBoardConfig(Settings):
     """TensorBoard (extra `firesteel[tensorboard]`): event files in `<log_path>/tensorboard`."""
 
     enabled: bool = False
-    """Write them."""
+    """Write event files for TensorBoard, in the run's folder."""
 
 
 class WandBConfig(Settings):
