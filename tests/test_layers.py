@@ -171,7 +171,7 @@ def _may_use(module: str, target: str) -> bool:
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["wandb"], *extras["server"]]
+    wanted = [*project["dependencies"], *extras["wandb"], *extras["trackio"], *extras["server"]]
     declared = {re.split(r"[<>=~!\[ ]", need)[0].replace("-", "_").lower() for need in wanted}
     imported = {i.target.split(".")[0] for i in IMPORTS} - set(sys.stdlib_module_names) - set(OURS)
     assert {{"yaml": "pyyaml"}.get(name, name) for name in imported} <= declared

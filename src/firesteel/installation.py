@@ -37,6 +37,9 @@ VARIABLES: Mapping[str, str] = {
     "CUDA_VISIBLE_DEVICES": "which GPUs are seen",
     "WANDB_MODE": "how Weights & Biases logs",
     "WANDB_API_KEY": "the key for it",
+    "TRACKIO_DIR": "where trackio keeps runs",
+    "TRACKIO_SPACE_ID": "the Space that trackio sends runs to",
+    "TRACKIO_SERVER_URL": "the server that trackio sends runs to",
 }
 """What is read of the environment, here or by the libraries that compute."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")

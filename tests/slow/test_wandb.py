@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from training.utils.config import WandBConfig
-from training.utils.metrics import MetricsLog
+from training.utils.sinks import MetricsLog
+from training.utils.trackers import TrackedRun, WandBSink
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,9 @@ def test_a_run_without_a_key_is_written_offline_beside_the_metrics(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    log = MetricsLog(tmp_path / "metrics.jsonl", WandBConfig(project="dpo", run_name="first"), {"beta": 0.1})
+    run = TrackedRun(tmp_path, {"beta": 0.1})
+    wandb = WandBSink(run, WandBConfig(project="dpo", run_name="first"))
+    log = MetricsLog(tmp_path / "metrics.jsonl", [wandb])
     for step in (1, 2, 3):
         log.log(step, {"train/margin": float(step)})
     log.close()

@@ -14,6 +14,10 @@ from training.recipes.dpo_loop import Config
 from training.utils.training_settings import TrainingSettings
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec", "train/activation_gib"}
+TIMED |= {
+    "reference/cache_hits",
+    "reference/computed",
+}  # what earlier runs have left, like times, is not the run's own
 RANKS = pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
 
 
@@ -24,6 +28,7 @@ def write_rows(path: Path, count: int, start: int = 0) -> str:
             "prompt": [{"role": "user", "content": f"Question {index}?"}],
             "chosen": [{"role": "assistant", "content": f"yes {index}"}],
             "rejected": [{"role": "assistant", "content": f"nope {index}"}],
+            "source": f"part {index % 2}",
         }
         for index in range(start, start + count)
     ]
@@ -96,7 +101,7 @@ def sft_config(folder: Path, count: int = 8, **settings: Any) -> sft_loop.Config
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
-    """All lines of metrics.jsonl without times and memory."""
+    """All lines of metrics.jsonl without times, memory and cache hits."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import Field, ValidationError, field_validator
 
 from firesteel.sdk import ConfigError
-from training.utils.config import Settings, TrainerConfig, WandBConfig
+from training.utils.config import Settings, TensorBoardConfig, TrackioConfig, TrainerConfig, WandBConfig
 
 
 class Inner(Settings):
@@ -94,6 +94,6 @@ def test_the_guides_configs_take_the_guides_settings() -> None:
     assert WandBConfig().project is None
 
 
-@pytest.mark.parametrize("kind", [TrainerConfig, WandBConfig])
+@pytest.mark.parametrize("kind", [TrainerConfig, WandBConfig, TrackioConfig, TensorBoardConfig])
 def test_every_setting_says_what_it_is(kind: type[Settings]) -> None:
     assert all(field.description for field in kind.model_fields.values())

@@ -18,6 +18,7 @@ from training.recipes.dpo_loop import Config, RunSummary, main
 from training.utils.evaluation import Answers
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
+TIMED |= {"reference/cache_hits", "reference/computed"}
 
 
 def records(path: Path) -> list[dict[str, float]]:

@@ -61,12 +61,21 @@ def policy() -> Iterator[TrainingClient]:
 
 def test_metrics_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"Q{i}", "chosen": "yes", "rejected": "no" * (1 + i % 3)} for i in range(7)]
+    rows = [
+        {
+            "prompt": f"Q{i}",
+            "chosen": "yes" * (1 + i % 2),
+            "rejected": "no" * (1 + i % 4),
+            "source": f"s{i % 3}",
+        }
+        for i in range(7)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     renderer = Renderer.load("tiny-llama")
+    index, rules = index_rows(str(path), renderer, PREFERENCES), Rendering(8, "response_end")
     with (
         build_service_client(base_model="tiny-llama", lora_rank=4) as service,
-        closing(select_rows(index_rows(str(path), renderer, PREFERENCES), renderer, Rendering())) as selected,
+        closing(select_rows(index, renderer, rules)) as selected,
     ):
         policy = service.create_training_client()
         with closing(References(service, renderer, "lazy")) as references:
@@ -79,6 +88,14 @@ def test_metrics_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     assert one["accuracy"] not in (0, 1)
     for other in others:
         assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
+    # A letter is a token, so is the end; the prompt has two: responses over 6 tokens are those of rows 1, 2, 3, 5, 6.
+    assert (one["truncated"], one["chosen_longer"]) == (pytest.approx(5 / 7), pytest.approx(4 / 7))
+    assert sum(one[f"source/s{i}/count"] * one[f"source/s{i}/margin"] for i in range(3)) == pytest.approx(
+        7 * one["margin"]
+    )
+    right = sum(one[f"source/s{i}/count"] * one[f"source/s{i}/accuracy"] for i in range(3))
+    assert right == pytest.approx(7 * one["accuracy"])
+    assert one["accuracy_low"] < one["accuracy"] < one["accuracy_high"]
 
 
 def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy: TrainingClient) -> None:

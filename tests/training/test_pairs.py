@@ -252,10 +252,24 @@ def test_rows_over_the_limit_are_shortened_where_asked_and_dropped_where_nothing
 
     rendered = render_pairs(file, renderer, Rendering(max_seq_len=PROMPT_TOKENS + 4, truncate="response_end"))
 
-    assert [pair.line for pair in rendered.pairs] == [1, 3]
+    assert [(pair.line, pair.truncated) for pair in rendered.pairs] == [(1, True), (3, False)]
     assert renderer.tokenizer.decode(sequence(rendered.pairs[0].chosen)[PROMPT_TOKENS:]) == "long"
     assert [(row.line, row.outcome) for row in rendered.dropped] == [(1, "shortened"), (2, "dropped")]
     assert "after shortening: the same 26 tokens" in rendered.dropped[1].reason
+
+
+def test_of_a_ranked_list_those_pairs_are_truncated_whose_answers_are(
+    tmp_path: Path, renderer: Renderer
+) -> None:
+    answers = {"prompt": [{"role": "user", "content": "Ask"}], "completions": ["long answer", "b", "a"]}
+    file = read(tmp_path, answers | {"scores": [3, 2, 1], "source": "forum"})
+    rendered = render_pairs(file, renderer, Rendering(max_seq_len=PROMPT_TOKENS + 4, truncate="response_end"))
+    assert [(pair.ranked.better, pair.truncated) for pair in rendered.pairs] == [
+        (0, True),
+        (0, True),
+        (1, False),
+    ]
+    assert {pair.source for pair in rendered.pairs} == {"forum"}
 
 
 def test_a_prompt_over_the_limit_is_dropped_even_when_shortening(tmp_path: Path, renderer: Renderer) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from training.utils import jsonl, preference_data
-from training.utils.preference_data import FORMATS, read_preferences
+from training.utils.preference_data import FORMATS, read_preferences, read_row
 from training.utils.preference_examples import ChatExample, ExampleError, PlainExample, TextExample
 
 USER = {"role": "user", "content": "2+2?"}
@@ -163,7 +163,7 @@ def test_tools_and_all_fields_of_messages_are_kept(tmp_path: Path, place: str) -
 
 
 def test_metadata_beside_the_conversation_is_ignored(tmp_path: Path) -> None:
-    row = GOOD | {"id": 7, "source": "here", "score_chosen": 9.5, "question": "2+2?"}
+    row = GOOD | {"id": 7, "score_chosen": 9.5, "question": "2+2?"}
     assert len(read_preferences(write(tmp_path, row)).examples) == 1
 
 
@@ -716,3 +716,28 @@ def test_weights_of_prompt_turns_and_weights_of_1_say_what_is_done_anyway(tmp_pa
     assert isinstance(example, ChatExample)
     assert len(example.prompt) == 3
     assert not any("weight" in turn for turn in (*example.prompt, *example.chosen, *example.rejected))
+
+
+FORMS = {
+    **{name: row for name, row in SAME_CONVERSATION.items() if " " not in name},
+    "prompt-text": PLAIN,
+    "text": {"chosen": "2+2=4", "rejected": "2+2=5"},
+    "completions": {"prompt": "2+2=", "completions": ["4", "5", "6"], "scores": [2, 1, 0]},
+}
+
+
+@pytest.mark.parametrize("form", [form.name for form in FORMATS])
+def test_a_row_of_any_form_may_say_its_source(form: str) -> None:
+    def source_of(beside: dict[str, Any]) -> str | None:
+        name, example = read_row(json.dumps(FORMS[form] | beside).encode(), 1)
+        assert name == form
+        return example.source
+
+    given = [{}, {"source": None}, {"source": "forum"}]
+    assert [source_of(beside) for beside in given] == [None, None, "forum"]
+
+
+@pytest.mark.parametrize("source", [3, ["forum"], {"name": "forum"}, True])
+def test_a_source_that_is_no_string_is_an_error_of_its_row(source: object) -> None:
+    with pytest.raises(ExampleError, match=r"^source: .*; expected a string, the name of where the row is"):
+        read_row(json.dumps(PLAIN | {"source": source}).encode(), 1)

@@ -63,7 +63,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def same(one: PreferencePair, other: PreferencePair) -> bool:
-    return (one.prompt_len, one.line) == (other.prompt_len, other.line) and all(
+    beside = [(pair.prompt_len, pair.line, pair.weight, pair.source, pair.truncated) for pair in (one, other)]
+    return beside[0] == beside[1] and all(
         a.model_input.to_ints() == b.model_input.to_ints()
         and all(
             (a.loss_fn_inputs[k].to_numpy() == b.loss_fn_inputs[k].to_numpy()).all() for k in a.loss_fn_inputs

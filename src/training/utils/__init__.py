@@ -1,7 +1,7 @@
 """What recipes are assembled from. The names of the guide, in one place."""
 
 from training.utils.client import ReconnectableClient
-from training.utils.config import TrainerConfig, WandBConfig
+from training.utils.config import TensorBoardConfig, TrackioConfig, TrainerConfig, WandBConfig
 from training.utils.losses import DpoObjective, make_pair_loss, sigmoid_dpo
 from training.utils.odds_ratio import OrpoObjective
 from training.utils.pairs import PreferencePair, build_dpo_datums
@@ -16,6 +16,8 @@ __all__ = [
     "ReconnectableClient",
     "ReferenceCache",
     "Schedule",
+    "TensorBoardConfig",
+    "TrackioConfig",
     "TrainerConfig",
     "WandBConfig",
     "build_dpo_datums",

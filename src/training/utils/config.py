@@ -58,6 +58,22 @@ class TrainerConfig(Settings):
     runs its forward a second time; unset = what suits the device."""
 
 
+class TrackioConfig(Settings):
+    """trackio, used when `project` is set (extra `firesteel[trackio]`); on this machine, `trackio show` draws it."""
+
+    project: str | None = Field(default=None, min_length=1)
+    """trackio project to log to."""
+    run_name: str | None = Field(default=None, min_length=1)
+    """Name shown for this run; unset = that of its folder."""
+
+
+class TensorBoardConfig(Settings):
+    """TensorBoard (extra `firesteel[tensorboard]`): event files in `<log_path>/tensorboard`."""
+
+    enabled: bool = False
+    """Write event files for TensorBoard, in the run's folder."""
+
+
 class WandBConfig(Settings):
     """Weights & Biases, used when `project` or `entity` is set (extra `firesteel[wandb]`); offline without a key."""
 

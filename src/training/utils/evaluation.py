@@ -13,7 +13,9 @@ import orjson
 from firesteel.sdk import DataError
 from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
+from training.utils.accuracy import Traits, accuracy_metrics, rows_of
 from training.utils.client import ReconnectableClient
+from training.utils.displacement import standard_error
 from training.utils.heldout_rows import HeldoutRows, rows_of_pairs
 from training.utils.losses import PairObjective, PairScores, score_pairs
 from training.utils.pairs import DistinctDatums, PreferencePair
@@ -76,7 +78,7 @@ def evaluate(
 
     Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair.
     """
-    scores, lines = [], []
+    scores, traits, lines = [], [], []
     for batch in pairs.blocks(batch_size):
         if abandon():
             return {}
@@ -84,10 +86,22 @@ def evaluate(
         outputs = policy.forward(data, weighted_only=not objective.reads_prompt).loss_fn_outputs
         logprobs = [output["logprobs"].to_torch() for output in outputs]
         scores.append(score_pairs(batch, logprobs, references.of(batch)))
+        traits += [Traits.of(pair) for pair in batch]
         lines += [pair.line for pair in batch]
     joined = PairScores.joined(scores)
     keep(rows_of_pairs(lines, joined, objective))
-    return objective.metrics(joined)
+    return heldout_metrics(joined, traits, objective)
+
+
+def heldout_metrics(
+    scores: PairScores, traits: Sequence[Traits], objective: PairObjective
+) -> dict[str, float]:
+    """The loss's own metrics, and how far they can be trusted."""
+    metrics = objective.metrics(scores)
+    if "delta_logp/chosen" in metrics:  # there is a reference
+        delta = scores.chosen.delta.detach().numpy()
+        metrics["delta_logp/chosen_stderr"] = standard_error(delta, rows_of(traits))
+    return metrics | accuracy_metrics(objective.margins(scores), traits)
 
 
 @dataclass(frozen=True)

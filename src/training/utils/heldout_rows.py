@@ -57,7 +57,7 @@ class HeldoutRows:
 def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjective) -> HeldoutRows:
     """The margin of each pair, and how long its sides are."""
     chosen, rejected = scores.chosen.tokens.tolist(), scores.rejected.tokens.tolist()
-    columns = zip(lines, objective.margins(scores).tolist(), chosen, rejected, strict=True)
+    columns = zip(lines, objective.margins(scores).values.tolist(), chosen, rejected, strict=True)
     rows: list[HeldoutRow] = []
     for line, margin, c, r in columns:
         pair = rows[-1].pair + 1 if rows and rows[-1].line == line else 1

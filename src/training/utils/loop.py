@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from firesteel.sdk import NonFiniteError
 from training.utils.checkpoints import Checkpoints, Identity, Notes, Position, ReferenceRecord, finite
 from training.utils.client import ReconnectableClient
-from training.utils.metrics import MetricsLog
 from training.utils.progress import Display
 from training.utils.run_folder import RunFolder
 from training.utils.run_settings import RunSettings
 from training.utils.schedules import Batch
+from training.utils.sinks import MetricsLog
 from training.utils.stopping import StopRequest
 
 

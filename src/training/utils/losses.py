@@ -49,11 +49,11 @@ class PairObjective(Protocol):
     def margin_name(self) -> str:
         """What `margins` are called among the metrics."""
 
-    def margins(self, scores: PairScores) -> torch.Tensor:
-        """By how much each pair's chosen response is preferred, ``[N]``; above 0 where it is."""
-
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
+
+    def margins(self, scores: PairScores) -> Margins:
+        """What accuracy is counted by."""
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
         """Over N pairs, the loss averaged by their weights."""
@@ -177,6 +177,26 @@ class PairScores:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Of one value per pair: by the pairs' weights, which are all 1 where rows give none."""
         return (self.weights * values).sum() / self.weights.sum()
+
+
+@dataclass(frozen=True)
+class Margins:
+    """By how much the chosen side of each of N pairs is ahead, as its loss counts it."""
+
+    values: torch.Tensor
+    """``[N]``"""
+    tie: torch.Tensor | float
+    """The largest that is a tie."""
+
+    @property
+    def right(self) -> torch.Tensor:
+        """Whether it is ahead: a tie is not right."""
+        return self.values > self.tie
+
+    @property
+    def tied(self) -> torch.Tensor:
+        """Whether neither side is ahead."""
+        return self.values.abs() <= self.tie
 
 
 def score_pairs(
@@ -325,11 +345,6 @@ class DpoObjective:
         """What the loss makes of chosen and rejected, without β, ``[N]`` each."""
         return self._side(scores.chosen), self._side(scores.rejected)
 
-    def margins(self, scores: PairScores) -> torch.Tensor:
-        """By how much each pair's chosen response is preferred, ``[N]``."""
-        chosen, rejected = self.sides(scores)
-        return chosen - rejected
-
     def _side(self, side: SideScores) -> torch.Tensor:
         match self.loss:
             case "ipo_mean" | "sigmoid_norm":
@@ -342,9 +357,11 @@ class DpoObjective:
             case _:
                 return side.delta
 
-    def tie(self, scores: PairScores) -> torch.Tensor | float:
-        """The largest margin that is a tie."""
-        return scores.tie_per_token if self.loss in ("ipo_mean", "sigmoid_norm", "simpo") else TIE
+    def margins(self, scores: PairScores) -> Margins:
+        """Of the loss: per token where it is."""
+        chosen, rejected = self.sides(scores)
+        per_token = self.loss in ("ipo_mean", "sigmoid_norm", "simpo")
+        return Margins(chosen - rejected, scores.tie_per_token if per_token else TIE)
 
     def preference(self, margin: torch.Tensor, stages: Stages) -> torch.Tensor:
         """The loss of each pair but for the SFT term, ``[N]``."""
@@ -364,8 +381,7 @@ class DpoObjective:
 
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
-        chosen, rejected = self.sides(scores)
-        loss = self.preference(chosen - rejected, scores.stages)
+        loss = self.preference(self.margins(scores).values, scores.stages)
         return loss - self.sft_weight * scores.chosen.mean if self.sft_weight else loss
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
@@ -381,15 +397,15 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
     The loss is averaged by the pairs' weights, all else plainly.
     """
     chosen, rejected = objective.sides(scores)
-    margin, beta, tie = chosen - rejected, objective.beta, objective.tie(scores)
+    margins, beta = objective.margins(scores), objective.beta
     means = {
-        "margin": margin,
-        "accuracy": (margin > tie).double(),
-        "tie_rate": (margin.abs() <= tie).double(),
+        "margin": margins.values,
+        "accuracy": margins.right.double(),
+        "tie_rate": margins.tied.double(),
         "rewards/chosen": beta * chosen,
         "rewards/rejected": beta * rejected,
-        "rewards/margins": beta * margin,
-        "rewards/accuracies": (margin > tie).double(),
+        "rewards/margins": beta * margins.values,
+        "rewards/accuracies": margins.right.double(),
         "logps/chosen": scores.chosen.policy,
         "logps/rejected": scores.rejected.policy,
         "policy_preference": (scores.chosen.mean > scores.rejected.mean).double(),

@@ -1,22 +1,9 @@
-"""A run's numbers: their names, how they read, and where they go (`metrics.jsonl`, Weights & Biases)."""
+"""A run's numbers: their names, and how they read. Where they go: `sinks`."""
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import orjson
-
-from firesteel.sealed import storage_errors
-from training.utils.config import WandBConfig
-
-logger = logging.getLogger("firesteel")
 
 
 @dataclass(frozen=True)
@@ -33,19 +20,47 @@ class StepWork:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By the cookbook's names."""
+        """By the cookbook's names. `tokens_saved` is the share that sharing prefixes has left out."""
         ref_tokens = self.tokens if self.with_reference else 0
+        given, computed = self.computed["tokens:sum"], self.computed["computed_tokens:sum"]
         return {
             "step_tokens": self.tokens,
             "ref_tokens": ref_tokens,
             "total_tokens": self.tokens + ref_tokens,
             "step_time_sec": self.seconds,
             "tokens_per_sec": self.tokens / self.seconds,
-            "computed_tokens": self.computed["computed_tokens:sum"],
+            "computed_tokens": computed,
+            "tokens_saved": 1 - computed / given,
             "scored_tokens": self.computed["scored_tokens:sum"],
             "micro_batches": self.computed["micro_batches:sum"],
             "activation_gib": self.computed["activation_bytes:max"] / 2**30,
         }
+
+
+class Savings:
+    """What steps have not had to compute."""
+
+    def __init__(self) -> None:
+        self._given = self._computed = 0.0
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """One more step; a skipped one says nothing."""
+        computed = metrics.get("train/computed_tokens", 0.0)
+        self._computed += computed
+        self._given += computed / (1 - metrics.get("train/tokens_saved", 0.0))
+
+    @property
+    def tokens(self) -> float:
+        """Share of all tokens that sharing prefixes has left out."""
+        return 1 - self._computed / self._given if self._given else 0.0
+
+    def line(self, reference: Mapping[str, float]) -> str:
+        """For people. `reference` are the counts of its pairs, empty without one."""
+        told = f"saved: {self.tokens:.1%} of the tokens, by shared prefixes"
+        if not reference:
+            return told
+        hits, computed = reference["reference/cache_hits"], reference["reference/computed"]
+        return f"{told}; reference values of {hits:,.0f} pairs from the cache, of {computed:,.0f} computed"
 
 
 def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
@@ -58,6 +73,9 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: 
 def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """What is shown of an evaluation."""
     told = [_told(name, metrics[name]) for name in names]
+    if "accuracy" in names:
+        low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+        told[names.index("accuracy")] += f" (95 %: {low:.3f}–{high:.3f})"
     if "policy_preference" in metrics:  # of pairs
         told.append(f"own preference {metrics['policy_preference']:.3f}")
     if "delta_logp/chosen" in metrics:  # there is a reference
@@ -86,96 +104,3 @@ def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:
             "after 3 steps all margins are still 0 (within 0.001 nats): the policy does not move; unless it is warming "
             "up, learning_rate is too small, or lost in the rounding of the weights"
         )
-
-
-class Sink(Protocol):
-    """Takes one record per step."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one record."""
-
-    def close(self) -> None:
-        """Finish writing."""
-
-
-class JsonlSink:
-    """One JSON object a line, each written at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with storage_errors(path, 0):
-            self._file = path.open("ab", buffering=0)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line. A number that is not finite becomes null."""
-        line = orjson.dumps({"train/step": step, **metrics}) + b"\n"
-        with storage_errors(self._path, len(line)):
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def synced(self) -> int:
-        """Bring the lines to the disk; the length of the file in bytes."""
-        with storage_errors(self._path, 0):
-            os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class WandBSink:
-    """A Weights & Biases run; offline when no key is configured."""
-
-    def __init__(self, folder: Path, settings: WandBConfig, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        told = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-        mode: Literal["offline"] | None = None if told else "offline"
-        self._run = wandb.init(
-            entity=settings.entity,
-            project=settings.project,
-            name=settings.run_name,
-            dir=str(folder),
-            config=dict(config),
-            mode=mode,
-        )
-        self._run.define_metric("*", step_metric="train/step")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one record."""
-        self._run.log({"train/step": step, **metrics})
-
-    def close(self) -> None:
-        """Finish the W&B run."""
-        self._run.finish()
-
-
-class MetricsLog:
-    """All sinks of a run."""
-
-    def __init__(self, path: Path, wandb: WandBConfig, config: Mapping[str, Any]) -> None:
-        """Open `path`, and a W&B run beside it if `wandb` names a project or an entity."""
-        self._jsonl = JsonlSink(path)
-        self._sinks: list[Sink] = [self._jsonl]
-        if wandb.project or wandb.entity:
-            if importlib.util.find_spec("wandb") is None:
-                logger.warning(
-                    "wandb is configured but not installed (pip install 'firesteel[wandb]'); going on without"
-                )
-            else:
-                self._sinks.append(WandBSink(path.parent, wandb, config))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send one record to every sink."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
-
-    def synced(self) -> int:
-        """See `JsonlSink.synced`."""
-        return self._jsonl.synced()
-
-    def close(self) -> None:
-        """Finish every sink."""
-        for sink in self._sinks:
-            sink.close()

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from training.utils.losses import PairScores
+from training.utils.losses import Margins, PairScores
 
 if TYPE_CHECKING:
     import torch
@@ -88,20 +88,19 @@ class OrpoObjective:
         """Loss of each pair, ``[N]``."""
         return self.nll(scores) + self.orpo_lambda * odds_ratio_loss(scores.chosen.mean, scores.rejected.mean)
 
-    def margins(self, scores: PairScores) -> torch.Tensor:
-        """The log odds ratio of each pair, ``[N]``."""
-        return log_odds_ratio(scores.chosen.mean, scores.rejected.mean)
+    def margins(self, scores: PairScores) -> Margins:
+        """The log odds ratios."""
+        return Margins(log_odds_ratio(scores.chosen.mean, scores.rejected.mean), scores.tie_per_token)
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
         """Means over N pairs, by the cookbook's names. Accuracy and ties are those of the log odds ratio."""
-        chosen, rejected = scores.chosen.mean, scores.rejected.mean
-        ratio, tie = log_odds_ratio(chosen, rejected), scores.tie_per_token
+        chosen, rejected, margins = scores.chosen.mean, scores.rejected.mean, self.margins(scores)
         means = {
             "sft_loss": self.nll(scores),
             "or_loss": odds_ratio_loss(chosen, rejected),
-            "log_odds_ratio": ratio,
-            "accuracy": (ratio > tie).double(),
-            "tie_rate": (ratio.abs() <= tie).double(),
+            "log_odds_ratio": margins.values,
+            "accuracy": margins.right.double(),
+            "tie_rate": margins.tied.double(),
             "chosen_avg_lp": chosen,
             "rejected_avg_lp": rejected,
             "logps/chosen": scores.chosen.policy,

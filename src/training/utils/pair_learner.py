@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
+from training.utils.accuracy import Traits, pair_shares
 from training.utils.client import ReconnectableClient
 from training.utils.evaluation import evaluate
 from training.utils.heldout_rows import HeldoutRows
@@ -47,7 +48,9 @@ class PairLearner:
     ) -> ForwardBackwardOutput:
         """One forward and one backward."""
         loss = make_pair_loss(items, references.of(items), self.objective)
-        return policy.forward_backward_custom(self.data(items), loss, weighted_only=self._weighted_only)
+        result = policy.forward_backward_custom(self.data(items), loss, weighted_only=self._weighted_only)
+        shares = pair_shares([Traits.of(pair) for pair in items])
+        return replace(result, metrics={**result.metrics, **shares})
 
     def verify(
         self, policy: ReconnectableClient, items: Sequence[PreferencePair], references: AnyReferences

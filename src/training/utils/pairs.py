@@ -53,6 +53,10 @@ class PreferencePair:
     """How much it counts in the loss of its step."""
     ranked: RankedPlace = RankedPlace()
     """Where it stands among the pairs of its row."""
+    source: str | None = None
+    """Where its row says that it is from."""
+    truncated: bool = False
+    """Whether a side lost the end of its response."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -151,7 +155,7 @@ def render_pairs(
             continue
         fitted, outcome = _fitted(rendered, rules, example.line)
         outcomes += [outcome] if outcome else []
-        pairs += pairs_of(fitted, example) if fitted else []
+        pairs += pairs_of(fitted, example, rendered) if fitted else []
         made += fitted is not None
     if rules.on_bad_row == "fail":
         refuse_rows(file.path, refused, len(refused))
@@ -172,8 +176,14 @@ def render_usable(renderer: Renderer, example: PreferenceExample) -> RenderedAns
     return rendered
 
 
-def pairs_of(rendered: RenderedAnswers, example: PreferenceExample) -> list[PreferencePair]:
-    """The pairs of a row whose tokens fit. An answer is one datum, whatever its pairs, which share the row's weight."""
+def pairs_of(
+    rendered: RenderedAnswers, example: PreferenceExample, whole: RenderedAnswers
+) -> list[PreferencePair]:
+    """The pairs of a row whose tokens fit, perhaps only since they were cut from the `whole`.
+
+    An answer is one datum, whatever its pairs, which share the row's weight.
+    """
+    cut = [rendered.lengths[name] < tokens for name, tokens in whole.lengths.items()]
     datums = [datum_of(side.tokens, side.mask) for side in rendered.sides.values()]
     count = len(rendered.preferences)
     return [
@@ -184,6 +194,8 @@ def pairs_of(rendered: RenderedAnswers, example: PreferenceExample) -> list[Pref
             example.line,
             example.weight / count,
             RankedPlace(better, count),
+            example.source,
+            cut[better] or cut[worse],
         )
         for better, worse in rendered.preferences
     ]

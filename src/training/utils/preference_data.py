@@ -16,9 +16,9 @@ completions        {"prompt": …, "completions": [{"text": "…", "score": 1.0}
 The last two are ranked lists where they have more than two answers, see `ranked_rows`.
 
 `tools` (a list of function schemas) may stand beside messages; `weight` (a number above 0, 1 where there is none) says
-in any form how much the row counts in the loss of its step. Of messages everything is kept, except that
-a list of text parts becomes one string and null content (beside tool_calls) becomes "", which every template
-can show.
+in any form how much the row counts in the loss of its step, and `source` (a string, or null) names where it is from:
+held-out pairs have metrics of each source. Of messages everything is kept, except that a list of text parts becomes one
+string and null content (beside tool_calls) becomes "", which every template can show.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
     row = parse_row(raw)
     form = _form_of(row)
     refuse_unread(row)
-    return form.name, replace(form.read(row, line), weight=read_weight(row))
+    return form.name, replace(form.read(row, line), weight=read_weight(row), source=_source(row))
 
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> PreferenceFile:
@@ -177,6 +177,13 @@ def _read_text(row: Row, line: int) -> TextExample:
     refuse_what_text_leaves_out(row)
     refuse_same_texts(chosen, rejected, "rejected")
     return TextExample(chosen, rejected, line)
+
+
+def _source(row: Row) -> str | None:
+    source = row.get("source")
+    if source is not None and not isinstance(source, str):
+        raise ExampleError("source", f"{shown(source)}; expected a string, the name of where the row is from")
+    return source
 
 
 def _sides(row: Row) -> set[str]:

@@ -46,6 +46,8 @@ class ChatExample:
     tools: Tools
     line: int
     weight: float = 1.0
+    source: str | None = None
+    """Where the row says that it is from."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PlainExample:
     rejected: str
     line: int
     weight: float = 1.0
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class TextExample:
     rejected: str
     line: int
     weight: float = 1.0
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class RankedExample:
     tools: Tools
     line: int
     weight: float = 1.0
+    source: str | None = None
 
     @property
     def preferences(self) -> list[tuple[int, int]]:

@@ -41,7 +41,7 @@ class RenderedPreferences:
             fitted, _ = shortened_or_dropped(rendered, rules, self.example.line)
             assert fitted is not None, "rows that cannot be shortened are in no set"
             rendered = fitted
-        return pairs_of(rendered, self.example)
+        return pairs_of(rendered, self.example, self.rendered)
 
     def outcome(self, rules: Rendering) -> RowOutcome:
         """See `row_check.RenderedRow`."""

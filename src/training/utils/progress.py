@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SECONDS_BETWEEN_READINGS = 10
+BAR_CELLS = 24
+GAP = "  "
+"""Between the parts of a line, which are not broken where the screen is narrow."""
 
 
 @dataclass(frozen=True)
@@ -29,39 +33,85 @@ class Stage:
 class Bar:
     """One stage of known length, counted in its unit. Where nobody watches, lines take the bar's place."""
 
-    def __init__(self, stage: Stage, terminal: Progress | None, say: Callable[[str], None]) -> None:
-        self._stage = stage
-        self._terminal = terminal
+    def __init__(self, stage: Stage, say: Callable[[str], None] | None) -> None:
+        """`say` prints those lines; None where the bar is watched (see `Watched`)."""
+        self.stage = stage
+        self.note = ""
         self._say = say
-        self._task: TaskID | None = None
-        if terminal:
-            self._task = terminal.add_task(stage.label, total=stage.total, rate="")
         self._started = self._said = time.monotonic()
         self._tokens = 0
         self.count = 0
 
     def advance(self, count: int, tokens: int = 0, note: str = "") -> None:
-        """Count work done; the rates and the time left follow from it. `note` says more, where lines are shown."""
+        """Count work done; the rates and the time left follow from it. `note` says more, its parts a `GAP` apart."""
         self.count += count
         self._tokens += tokens
+        self.note = note
         now = time.monotonic()
-        if self._terminal is not None and self._task is not None:
-            self._terminal.update(self._task, completed=self.count, rate=self.rate())
-        elif now - self._said >= self._stage.seconds_between_lines:
+        if self._say is not None and now - self._said >= self.stage.seconds_between_lines:
             self._said = now
-            done = note or f"{self._stage.label} {self.count}/{self._stage.total}"
-            self._say(f"{done}  {self.rate()}  {self._time_left():.0f} s left")
+            done = note or f"{self.stage.label} {self.count}/{self.stage.total}"
+            self._say(f"{done}{GAP}{self.rate()}{GAP}{self.time_left():.0f} s left")
 
     def rate(self) -> str:
         """`3.1 pairs/s · 402 tokens/s`, since the stage began."""
         elapsed = max(time.monotonic() - self._started, 1e-9)
         tokens = f" · {self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
-        return f"{self.count / elapsed:.1f} {self._stage.unit}/s{tokens}"
+        return f"{self.count / elapsed:.1f} {self.stage.unit}/s{tokens}"
 
-    def _time_left(self) -> float:
+    def time_left(self) -> float:
         """Seconds, if it goes on like this."""
         elapsed = time.monotonic() - self._started
-        return elapsed / max(self.count, 1) * (self._stage.total - self.count)
+        return elapsed / max(self.count, 1) * (self.stage.total - self.count)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A bar as a terminal shows it: as many lines as its parts need, none of them broken or left out."""
+
+    bar: Bar
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The bar, and beside or below it what is told of the stage."""
+        from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
+        from rich.segment import Segment
+
+        width = options.max_width
+        cells = min(BAR_CELLS, width)
+        bar = ProgressBar(self.bar.stage.total, self.bar.count, cells)
+        drawn = Segment.adjust_line_length(
+            list(console.render(bar, options)), cells
+        )  # it may leave out its rest
+        label, *told = ([Segment(text)] for part in self.parts() for text in _chopped(part, width))
+        used = 0
+        for part in (label, drawn, *told):
+            needed = sum(cell_len(segment.text) for segment in part)
+            if used and used + len(GAP) + needed > width:
+                yield Segment.line()
+                used = 0
+            if used:
+                yield Segment(GAP)
+                used += len(GAP)
+            yield from part
+            used += needed
+
+    def parts(self) -> list[str]:
+        """What is told beside the bar, its name first."""
+        left = timedelta(seconds=round(self.bar.time_left()))
+        return [
+            self.bar.stage.label,
+            f"{self.bar.count}/{self.bar.stage.total}",
+            *(f"{left} left" for _ in range(self.bar.count > 0)),
+            *filter(None, self.bar.note.split(GAP)),
+            *self.bar.rate().split(" · "),
+        ]
+
+
+def _chopped(text: str, width: int) -> list[str]:
+    from rich.cells import chop_cells
+
+    return chop_cells(text, width)
 
 
 class Display:
@@ -73,6 +123,7 @@ class Display:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # no run ends because a terminal lacks a letter
         self._console = Console(highlight=False, soft_wrap=True)
+        self._said: set[str] = set()
 
     @property
     def is_terminal(self) -> bool:
@@ -82,6 +133,12 @@ class Display:
     def say(self, line: str = "") -> None:
         """One line (above the bar, if there is one)."""
         self._console.print(line, markup=False)
+
+    def say_once(self, line: str) -> None:
+        """The same, unless this line was said so before."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def reading(self, path: str) -> Callable[[int, int], None]:
         """Say now and then how far the reading of a file is, told its rows and bytes so far."""
@@ -99,16 +156,10 @@ class Display:
     def bar(self, stage: Stage) -> Iterator[Bar]:
         """A stage; on a terminal its bar disappears when the stage ends."""
         if not self.is_terminal:
-            yield Bar(stage, None, self.say)
+            yield Bar(stage, self.say)
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.live import Live
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._console, transient=True) as terminal:
-            yield Bar(stage, terminal, self.say)
+        bar = Bar(stage, say=None)
+        with Live(Watched(bar), console=self._console, transient=True):
+            yield bar

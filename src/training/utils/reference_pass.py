@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,14 @@ class References:
             display.say(self.summary)
 
     @property
+    def counts(self) -> dict[str, float]:
+        """Pairs so far whose values were in the cache, and those whose values were computed."""
+        return {
+            "reference/cache_hits": self._statistics.hits,
+            "reference/computed": self._statistics.computed,
+        }
+
+    @property
     def summary(self) -> str:
         """For people."""
         return f"reference: {self._statistics.summary} in {self.seconds:.1f} s"
@@ -128,6 +137,7 @@ class NoReferences:
     start: str | None = None
     job_id: str | None = None
     seconds = 0.0
+    counts: Mapping[str, float] = MappingProxyType({})
 
     def record(self, pairs: Sequence[object]) -> ReferenceRecord:
         """That there is none."""

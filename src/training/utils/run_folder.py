@@ -40,6 +40,7 @@ RUN_FILES = (
         "metrics.jsonl",
         "bad_rows.jsonl",
         "wandb",
+        "tensorboard",
         "reference",
         "exports",
         HELDOUT,

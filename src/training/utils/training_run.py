@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,14 +23,16 @@ from firesteel.sdk import (
     TrainerLost,
     TrainerRewound,
 )
+from training.utils.accuracy import sources_left_out
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
+from training.utils.displacement import DisplacementWatch
 from training.utils.environment import Environment
 from training.utils.evaluation import Answers, Split, split_by_prompt
 from training.utils.heldout_rows import HeldoutRows, write_heldout
 from training.utils.learner import Learner
 from training.utils.loop import Loop, SavedRun
-from training.utils.metrics import MetricsLog, StepWork, heldout_line, step_line, symptoms
+from training.utils.metrics import Savings, StepWork, heldout_line, step_line, symptoms
 from training.utils.progress import Display, Stage
 from training.utils.reference_pass import RECORDED_PAIRS, AnyReferences, NoReferences, References
 from training.utils.rendering import Renderer
@@ -51,7 +53,9 @@ from training.utils.row_sets import RowSet, select_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
+from training.utils.sinks import MetricsLog, logged
 from training.utils.stopping import stopping_on_signals
+from training.utils.trackers import TrackedRun
 from training.utils.training_settings import (
     MAY_CHANGE_WHEN_GOING_ON,
     ReferenceSettings,
@@ -79,6 +83,8 @@ class RunSummary:
     """For the reference's log-probabilities, from the cache or computed; of a lazy reference, within the training."""
     training_seconds: float
     """From this process's first step to the last, its evaluation and those between included."""
+    warnings: list[str] = field(default_factory=list)
+    """What should be looked at before the result is used."""
 
 
 def run_to_its_end(config: TrainingSettings) -> RunSummary:
@@ -98,6 +104,7 @@ def run_to_its_end(config: TrainingSettings) -> RunSummary:
 
 def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
     """The run from where its folder leaves it to its end. `begun` is called when that folder is this run's."""
+    config.trackers.refuse_missing()
     display = Display()
     day = first_day(config.log_path, config.resume)
     renderer = Renderer.load(config.tokenizer_model or config.base_model, day)
@@ -135,7 +142,9 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
         total, ran_by = run.epochs.total_steps, trainers.policy.description
         Environment.of_a_run(config.recipe, total, ran_by, data).write(folder.environment)
         begun()
-        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, config.wandb, config.resolved())))
+        done = start.position.step if isinstance(start, GoOn) else None
+        trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved(), done))
+        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, trackers)))
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
         kept = Retention(config.keep_last, config.keep_every, config.keep_best)
@@ -345,7 +354,8 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
         before = evaluate_heldout(run, trainers, loop, step=0)
         loop.position = Position.of_a_start(before, answers.of(policy))
     loop.stop.exit_if_asked()
-    training_seconds = train_epochs(run, trainers, loop)
+    watch = displacement_watch(run)
+    training_seconds = train_epochs(run, trainers, loop, watch)
     position = loop.position
     folder.refuse_if_taken_over()
     export = policy.save_weights(str(folder.export_path(adapter=config.lora_rank > 0))).path
@@ -356,6 +366,9 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
     folder.refuse_if_taken_over()
     for line in answers.write_comparison(folder.samples, position.answers_before, answered):
         run.display.say(line)
+    warnings = watch.verdict(position.before, after if run.split.heldout else None)
+    for warning in warnings:
+        run.display.say(f"warning: at the end of the run: {warning}")
     summary = RunSummary(
         steps=position.step,
         before=dict(position.before),
@@ -366,6 +379,7 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
         skipped_steps=position.skipped_steps,
         reference_seconds=references.seconds,
         training_seconds=training_seconds,
+        warnings=warnings,
     )
     folder.write_summary(asdict(summary))
     loop.stop.exit_if_asked()
@@ -376,8 +390,15 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
     return summary
 
 
-def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
+def displacement_watch(run: Run) -> DisplacementWatch:
+    """It goes by training steps where no pairs are held out: also by those of before, in a run that goes on."""
+    earlier = isinstance(run.start, GoOn) and not run.split.heldout
+    return DisplacementWatch(logged(run.folder.metrics) if earlier else ())
+
+
+def train_epochs(run: Run, trainers: Trainers, loop: Loop, watch: DisplacementWatch) -> float:
     """All steps that are left, the next rows being rendered meanwhile; returns the seconds they took."""
+    savings = Savings()
     epochs, done, started = run.epochs, loop.position.step, time.monotonic()
     ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
     rows_left = sum(len(batch.rows) for batch in epochs.batches(done))
@@ -396,9 +417,15 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop) -> float:
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics, run.learner.shown)
             bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
+            savings.add(metrics)
+            watch.step(metrics)
             due = evaluation_due(run, batch.step)
-            loop.made(batch, evaluate_heldout(run, trainers, loop, batch.step) if due else {})
+            heldout = evaluate_heldout(run, trainers, loop, batch.step) if due else {}
+            for warning in watch.warnings(loop.position.before, heldout if run.split.heldout else None):
+                run.display.say(f"warning: step {batch.step}: {warning}")
+            loop.made(batch, heldout)
         run.display.say(f"trained: {epochs.total_steps - done} steps, {bar.count} {stage.unit}, {bar.rate()}")
+        run.display.say(savings.line(trainers.references.counts))
     loop.checkpoints.finish()
     return time.monotonic() - started
 
@@ -424,7 +451,7 @@ def train_step(run: Run, trainers: Trainers, batch: Batch, items: Sequence[Any])
     told = {name: value for name, value in result.metrics.items() if ":" not in name}
     measured = {"epoch": batch.epoch, "lr": rate, "loss": told[run.learner.loss_name], **optimizer}
     # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
-    named = {**measured, **told, **work.metrics}
+    named = {**measured, **told, **work.metrics, **trainers.references.counts}
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
 
 
@@ -452,4 +479,6 @@ def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dic
         write_heldout(run.folder.path, step, rows)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     run.display.say(heldout_line(step, metrics, run.learner.shown))
+    if left_out := sources_left_out(metrics):
+        run.display.say_once(left_out)
     return metrics

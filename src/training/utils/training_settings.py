@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from firesteel.sdk import AdamParams
-from training.utils.config import TrainerConfig, WandBConfig
+from training.utils.config import TensorBoardConfig, TrackioConfig, TrainerConfig, WandBConfig
 from training.utils.learner import Learner
 from training.utils.reference_pass import ReferenceMode
 from training.utils.run_settings import RUN_SETTINGS_THAT_MAY_CHANGE, RunSettings, at_home
 from training.utils.schedules import Schedule
+from training.utils.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ class TrainingSettings(RunSettings):
     """Training shapes."""
     wandb: WandBConfig = WandBConfig()
     """Weights & Biases."""
+    trackio: TrackioConfig = TrackioConfig()
+    """trackio."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    """TensorBoard."""
+
+    @property
+    def trackers(self) -> Trackers:
+        """Where numbers go beside `metrics.jsonl`."""
+        return Trackers(self.wandb, self.trackio, self.tensorboard)
 
     def adam_params(self, learning_rate: float) -> AdamParams:
         """The optimizer's settings at this rate."""
@@ -156,7 +166,7 @@ MAY_CHANGE_WHEN_GOING_ON = RUN_SETTINGS_THAT_MAY_CHANGE | {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip_norm", "lr_scheduler", "epochs",
     # what is looked at, shown and kept
     "eval_dataset", "eval_dataset content", "eval_interval", "sample_prompts", "sample_max_tokens", "verify", "wandb",
-    "keep_best",
+    "trackio", "tensorboard", "keep_best",
 }
 # fmt: on
 """Settings that may be others than before when a run goes on. A change of any other makes it another run."""

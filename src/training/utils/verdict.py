@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from training.utils.accuracy import Z_95, Interval, wilson
+from training.utils.displacement import Reading
 from training.utils.run_record import Heldout, RunRecord
 
 Kind = Literal["yes", "no", "unclear", "unknown"]
@@ -19,21 +21,9 @@ Kind = Literal["yes", "no", "unclear", "unknown"]
 MAIN_LOSSES = ("dpo_loss", "orpo_loss", "sft_loss", "loss")
 """The first of these that a run has is its loss."""
 MARGINS = {"margin": "margin", "log_odds_ratio": "log odds ratio"}
-DISPLACED = -0.5
-"""Nats. A chosen response that became less likely by more than this is pointed out."""
-Z = 1.959963984540054
-"""Of 95 %."""
 COIN = 0.5
 FEW = 30
 """Held-out rows: fewer tell little."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Of 95 %, for a share of some rows."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -47,13 +37,6 @@ class Verdict:
     """What it rests on, a sentence each."""
     warnings: Sequence[str]
     """What is wrong or may be, each with what to try."""
-
-
-def wilson(share: float, count: int) -> Interval:
-    """Wilson's interval of a share of `count` independent rows."""
-    middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
 def main_loss(names: Mapping[str, object]) -> str | None:
@@ -135,7 +118,7 @@ def _change_of_rows(heldout: Heldout) -> Interval | None:
     finite = [change for change in changes if math.isfinite(change)]
     if len(finite) < 2:
         return None
-    mean, half = statistics.fmean(finite), Z * statistics.stdev(finite) / math.sqrt(len(finite))
+    mean, half = statistics.fmean(finite), Z_95 * statistics.stdev(finite) / math.sqrt(len(finite))
     return Interval(mean - half, mean + half)
 
 
@@ -170,13 +153,9 @@ def _change(before: Mapping[str, float], after: Mapping[str, float], name: str, 
 
 
 def _warnings(run: RunRecord) -> Iterator[str]:
-    displaced = run.after.get("delta_logp/chosen", 0.0)
-    if displaced < DISPLACED:
-        yield (
-            f"Likelihood displacement: the chosen answers became less likely themselves ({displaced:+.2f} nats). That "
-            "is common, and harmless while answers stay good; if they do not, try sft_weight, a larger beta, a smaller "
-            "learning rate, or fewer epochs."
-        )
+    now, start = Reading.of_heldout(run.after), Reading.of_heldout(run.before)
+    if now and start and (displaced := now.displaced(start)):
+        yield f"{displaced[0].upper()}{displaced[1:]}."
     yield from _past_its_best(run)
     if skipped := int(run.metrics.last("train/skipped_steps") or 0):
         yield f"{skipped:,} steps were skipped: their loss or gradient was not finite."

@@ -1,0 +1,147 @@
+"""How far an accuracy can be trusted: how sure it is, what length alone would give, and where the pairs are from.
+
+A tie is not right, here as in `accuracy` itself. Every pair counts once, whatever its weight in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from firesteel.sdk.types import BoolArray, Datum
+from training.utils.losses import Margins
+from training.utils.pairs import PreferencePair
+
+MOST_SOURCES = 20
+"""Sources with metrics of their own: the most frequent ones."""
+LONGEST_NAME = 60
+"""Of a source, in letters: some data keep a text in that field."""
+REST, UNNAMED = "other", "none"
+Z_95 = 1.959963984540054
+"""The normal distribution has 95 % within so many standard deviations."""
+_Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known of a pair before any model has read it."""
+
+    longer: int
+    """Scored tokens that the chosen side has more than the rejected one, after truncation."""
+    truncated: bool = False
+    source: str | None = None
+    row_pairs: int = 1
+    """How many pairs its row makes."""
+
+    @classmethod
+    def of(cls, pair: PreferencePair) -> Traits:
+        """Those of a pair."""
+        longer = _scored(pair.chosen) - _scored(pair.rejected)
+        return cls(longer, pair.truncated, pair.source, pair.ranked.pairs)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where the true share lies with 95 % confidence."""
+
+    low: float
+    high: float
+
+
+def wilson(share: float, count: float) -> Interval:
+    """The score interval of a share of `count` rows (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    All p that are not further from the observed share than 1.96 times their own standard error √(p (1 - p) / n): it
+    stays within 0 and 1, and says something even where all pairs are right.
+    """
+    z2 = Z_95**2 / count
+    center = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
+    return Interval(max(center - half, 0.0), min(center + half, 1.0))
+
+
+def length_controlled(right: BoolArray, traits: Sequence[Traits]) -> float | None:
+    """Balanced accuracy: the mean of the accuracies where chosen is the longer side, and where it is the shorter.
+
+    Both count the same, however many pairs they have; pairs of equal length are left out. So whoever goes by length
+    alone, either way, has 0.5 (balanced accuracy, https://doi.org/10.1109/ICPR.2010.764, of which side is longer).
+    None where one of the two has no pair: these pairs cannot tell preference from length.
+    """
+    longer = np.array([pair.longer for pair in traits])
+    kinds = [right[longer > 0], right[longer < 0]]
+    return float(np.mean([kind.mean() for kind in kinds])) if all(map(len, kinds)) else None
+
+
+def pair_shares(traits: Sequence[Traits]) -> dict[str, float]:
+    """Shares of pairs that say what an accuracy is of: those with the longer side chosen, and those cut."""
+    return {
+        "chosen_longer": float(np.mean([pair.longer > 0 for pair in traits])),
+        "truncated": float(np.mean([pair.truncated for pair in traits])),
+    }
+
+
+def rows_of(traits: Sequence[Traits]) -> float:
+    """How many rows these pairs are of: those of one ranked list are no independent observations."""
+    return math.fsum(1 / pair.row_pairs for pair in traits)
+
+
+def accuracy_metrics(margins: Margins, traits: Sequence[Traits]) -> dict[str, float]:
+    """What stands beside the accuracy of these pairs, in the order of `margins`."""
+    right, values = margins.right.detach().numpy(), margins.values.detach().numpy()
+    interval = wilson(float(right.mean()), rows_of(traits))
+    controlled = length_controlled(right, traits)
+    return {
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        **({} if controlled is None else {"accuracy_length_controlled": controlled}),
+        **pair_shares(traits),
+        **source_metrics(right, values, traits),
+    }
+
+
+def source_metrics(right: BoolArray, margins: _Floats, traits: Sequence[Traits]) -> dict[str, float]:
+    """Accuracy, mean margin and count of each source, and how many sources there are; empty where no row names one.
+
+    Only the `MOST_SOURCES` most frequent are told apart, of equal ones the first by name. All others are `other`, and
+    pairs that name none are `none`.
+    """
+    if all(pair.source is None for pair in traits):
+        return {}
+    names = [_name(pair.source) for pair in traits]
+    counts = Counter(names)
+    kept = sorted(counts, key=lambda name: (-counts[name], name))[:MOST_SOURCES]
+    groups = np.array([name if name in kept else REST for name in names])
+    metrics: dict[str, float] = {"sources": len(counts)}
+    for name in sorted(set(groups.tolist())):
+        members = groups == name
+        metrics |= {
+            f"source/{name}/accuracy": float(right[members].mean()),
+            f"source/{name}/margin": float(margins[members].mean()),
+            f"source/{name}/count": int(members.sum()),
+        }
+    return metrics
+
+
+def sources_left_out(metrics: Mapping[str, float]) -> str | None:
+    """What people should know of held-out metrics that do not tell all sources apart."""
+    found = int(metrics.get("sources", 0))
+    if found <= MOST_SOURCES:
+        return None
+    return (
+        f"held out: {found} sources; the {MOST_SOURCES} most frequent have metrics of their own, the others are "
+        f"counted together as {REST}"
+    )
+
+
+def _name(source: str | None) -> str:
+    """As it stands in the name of a metric."""
+    name = " ".join((source or UNNAMED).split()) or UNNAMED
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _scored(datum: Datum) -> int:
+    return int(np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy()))
