@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -60,20 +62,22 @@ class ChatTemplate:
         return encode(self.tokenizer, self._text(messages, tools, header=header))
 
     def _text(self, messages: Messages, tools: Tools, *, header: bool) -> str:
+        # As text, since what `tokenize=True` gives back differs between versions of transformers.
+        return str(self._rendered(messages, tools, header, tokenize=False))
+
+    def _rendered(self, messages: Messages, tools: Tools, header: bool, **how: bool) -> Any:
         from jinja2 import TemplateError
 
         try:
-            # As text, since what `tokenize=True` gives back differs between versions of transformers.
-            text = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=header,
-                tokenize=False,
                 chat_template=self._template,
+                **how,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
-        return str(text)
 
     @cached_property
     def marks_answers(self) -> bool:
@@ -88,20 +92,8 @@ class ChatTemplate:
 
         Raises RenderError where the marks are not on the tokens that `ids` gives.
         """
-        from jinja2 import TemplateError
-
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                add_generation_prompt=False,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                chat_template=self._template,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RenderError("messages", f"the chat template refuses this conversation: {error}") from error
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self._rendered(messages, tools, False, **how)
         tokens = tuple(encoded["input_ids"])
         if tokens != self.ids(messages, tools, header=False):
             raise RenderError(
@@ -145,19 +137,28 @@ class ChatTemplate:
             "end-of-sequence token behind the assistant's content"
         )
 
-    def refuse_what_is_left_out(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> None:
-        """Templates pass over what they do not know: the model would be trained on another conversation."""
-        if tools and self._text(prompt, tools, header=True) == self._text(prompt, None, header=True):
+    def refuse_what_is_left_out(
+        self, name: str, messages: Messages, own: Container[int], tools: Tools
+    ) -> None:
+        """Templates pass over what they do not know: the model would be trained on another conversation.
+
+        `own` are the places of what is scored: there reasoning must be shown, too.
+        """
+        if tools and self._text(messages, tools, header=False) == self._text(messages, None, header=False):
             raise RenderError(
                 "tools", "the chat template shows no tools; use a tokenizer whose template does"
             )
-        messages = prompt + response
         for index, message in enumerate(messages):
             if not self._shows_role(messages, index, tools):
                 raise RenderError(name, f"the chat template shows no turns of role {message['role']!r}")
-            for field in _fields_to_show(message["role"], in_prompt=index < len(prompt)):
+            for field in _fields_to_show(message["role"], in_prompt=index not in own):
                 if message.get(field) and not self._shows_field(messages, index, field, tools):
                     raise RenderError(name, f"the chat template does not show {field} of turn {index}")
+
+    def drops_the_start(self, messages: Messages, index: int, tools: Tools) -> bool:
+        """Whether what a message begins with makes no difference: some templates cut reasoning out of the content."""
+        message = messages[index]
+        return not self._shows(messages, index, {**message, "content": "?" + message["content"]}, tools)
 
     def _shows_role(self, messages: Messages, index: int, tools: Tools) -> bool:
         """Whether turns of this role appear at all: asked once for each role."""

@@ -62,7 +62,9 @@ def _message(value: object, place: str) -> Message:
     for field in _NOT_TEXT:
         if value.get(field):
             raise ExampleError(f"{place}.{field}", f"{shown(value[field])}; only text can be trained on")
-    if "weight" in value and (isinstance(value["weight"], bool) or value["weight"] not in (0, 1)):
+    if value.get("weight") is not None and (
+        isinstance(value["weight"], bool) or value["weight"] not in (0, 1)
+    ):
         raise ExampleError(f"{place}.weight", f"{shown(value['weight'])}; expected 0 or 1")
     has_calls = _has_tool_calls(value, place)
     return {**value, "content": _content(value, has_calls, f"{place}.content")}
@@ -71,7 +73,8 @@ def _message(value: object, place: str) -> Message:
 def _has_tool_calls(message: Message, place: str) -> bool:
     calls = message.get("tool_calls")
     if calls is None or calls == []:
-        return False
+        # As OpenAI called it before.
+        return bool(message.get("function_call")) and message["role"] == "assistant"
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ExampleError(f"{place}.tool_calls", f"{shown(calls)}; expected a list of objects")
     if message["role"] != "assistant":

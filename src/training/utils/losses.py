@@ -443,21 +443,25 @@ def weight_of(datum: Datum) -> float:
     return float(datum.loss_fn_inputs["weights"].to_numpy().sum(dtype=np.float64))
 
 
-def make_nll_loss(data: Sequence[Datum]) -> LossFn:
-    """Supervised learning's loss of one optimizer step, for `forward_backward_custom`: ``Σ w (-log π) / Σ w``.
+def summed_nll(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``Σ w (-log π)`` over all targets of some data, a float64 scalar."""
+    import torch
 
-    Over all targets of all data of the step: how many of them a row has, and how rows are batched, changes nothing.
+    weights = [torch.as_tensor(datum.loss_fn_inputs["weights"].to_numpy()).double() for datum in data]
+    return -torch.stack([(row.double() * w).sum() for row, w in zip(logprobs, weights, strict=True)]).sum()
+
+
+def make_nll_loss(total_weight: float) -> LossFn:
+    """Supervised learning's loss for `forward_backward_custom`: ``Σ w (-log π) / Σ w``.
+
+    The divisor is that of the whole optimizer step, whatever part of it a call has: how many tokens a row has, and how
+    rows are batched, changes nothing.
     """
-    total = sum(map(weight_of, data))
 
     def loss_fn(
         data: Sequence[Any], logprobs: list[torch.Tensor]
     ) -> tuple[torch.Tensor, Mapping[str, float]]:
-        import torch
-
-        weights = [torch.as_tensor(datum.loss_fn_inputs["weights"].to_numpy()).double() for datum in data]
-        summed = [(row.double() * weight).sum() for row, weight in zip(logprobs, weights, strict=True)]
-        loss = -torch.stack(summed).sum() / total
+        loss = summed_nll(data, logprobs) / total_weight
         return loss, {"sft_loss": loss.item()}
 
     return loss_fn

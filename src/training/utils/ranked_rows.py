@@ -10,7 +10,6 @@ as `scores` or `ranks`. ``{"samples": […]}``: whole conversations or texts wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,9 +37,13 @@ from training.utils.preference_examples import (
     TextExample,
     Tools,
 )
-from training.utils.row_values import Row, keys_found, outer_form, required, shown
+from training.utils.row_values import Row, keys_found, outer_form, read_number, required, shown
 
-MOST_ANSWERS = 256
+MOST_ANSWERS = 64
+"""Their pairs, which grow with the square, are checked and summed one by one."""
+BESIDE = ("system", "input", "instruction", "question", "query", "history", "context")
+"""What would be left out beside messages, unless it is one of them."""
+RANKED_BY = ("score", "rank", "evals")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def read_samples(row: Row, line: int) -> PreferenceExample:
             read_conversation(sample["messages"], f"samples[{index}].messages")
             for index, sample in enumerate(samples)
         ]
+        refuse_what_messages_leave_out(row, conversations[0].messages, "prompt", *BESIDE)
         tools = read_tools(row, *((f"samples[{index}]", sample) for index, sample in enumerate(samples)))
         return _ranked_conversations(conversations, ranking, tools, line)
     if forms == {"text"} and len(samples) == 2:
@@ -106,7 +110,7 @@ def read_completions(row: Row, line: int) -> RankedExample:
     asked = read_conversation(prompt, "prompt")
     answers = [asked + _answer_turns(completions[index], f"completions[{index}]") for index in order]
     tools = read_tools(row)
-    refuse_what_messages_leave_out(row, asked.messages, "system")
+    refuse_what_messages_leave_out(row, asked.messages, *BESIDE)
     _shared_prompt(answers, tools, line)
     return _list(answers, len(asked.messages), tuple(ranks), tools, line)
 
@@ -145,9 +149,19 @@ def _list(
 
 
 def _answer_turns(value: object, place: str) -> Conversation:
-    """One answer: a list of messages, a text, or an object with one of the two."""
+    """One answer: a list of messages, one message, a text, or an object with messages or a text."""
+    if isinstance(value, dict) and "role" in value:
+        message = {name: item for name, item in value.items() if name not in RANKED_BY}
+        return read_response([message], place)
     if isinstance(value, dict):
-        name = "messages" if "messages" in value else "text"
+        given = [name for name in ("messages", "text") if name in value]
+        if len(given) > 1:
+            raise ExampleError(place, "both messages and text; keep one")
+        if value.get("tools"):
+            raise ExampleError(
+                f"{place}.tools", "tools of one answer; put them beside the prompt, for all of them"
+            )
+        name = given[0] if given else "text"
         return _answer_turns(required(value, name, place), f"{place}.{name}")
     return one_turn("assistant", value, place) if isinstance(value, str) else read_response(value, place)
 
@@ -155,7 +169,7 @@ def _answer_turns(value: object, place: str) -> Conversation:
 def _ranking(row: Row, completions: Sequence[object]) -> Ranking:
     """By `scores` or `ranks` beside the completions, or by `score` or `rank` in each."""
     beside = [name for name in ("scores", "ranks") if row.get(name) is not None]
-    inside = [c for c in completions if isinstance(c, dict) and c.keys() & {"score", "rank", "evals"}]
+    inside = [c for c in completions if isinstance(c, dict) and c.keys() & {*RANKED_BY}]
     if len(beside) > 1 or (beside and inside):
         raise ExampleError("completions", "scores and ranks are given more than once; keep one of them")
     if not beside:
@@ -167,7 +181,7 @@ def _ranking(row: Row, completions: Sequence[object]) -> Ranking:
             name, f"{shown(given)}; expected a list of {len(completions)}, one for each completion"
         )
     places = tuple(f"{name}[{index}]" for index in range(len(given)))
-    numbers = [_number(value, place) for value, place in zip(given, places, strict=True)]
+    numbers = [read_number(value, place) for value, place in zip(given, places, strict=True)]
     return Ranking(tuple(-n for n in numbers) if name == "scores" else tuple(numbers), places)
 
 
@@ -189,7 +203,7 @@ def _ranking_inside(completions: Sequence[object]) -> Ranking:
             raise ExampleError(
                 place, f"{keys_found(completion)}; expected a rank, and no score, in each of them"
             )
-        ranks.append(_number(completion["rank"], place))
+        ranks.append(read_number(completion["rank"], place))
     return Ranking(tuple(ranks), places)
 
 
@@ -207,10 +221,4 @@ def _score(answer: Row, place: str) -> float:
         raise ExampleError(f"{place}.score", f"missing; {keys_found(answer)}; expected score or evals.score")
     if nested is not None and nested != score:
         raise ExampleError(f"{place}.score", f"{shown(score)}, but evals.score is {shown(nested)}; keep one")
-    return _number(score, f"{place}.score")
-
-
-def _number(value: object, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ExampleError(place, f"{shown(value)}; expected a finite number")
-    return float(value)
+    return read_number(score, f"{place}.score")

@@ -148,10 +148,11 @@ class Renderer:
         """Tokens of a supervised example, and which of them are learned."""
         with self._one_at_a_time:
             match example:
-                case TurnsExample() if self._template.marks_answers:
-                    return self._marked_turns(example)
                 case TurnsExample():
-                    return self._learned_turns(example)
+                    own = [place for place, learned in enumerate(example.learned) if learned]
+                    self._template.refuse_what_is_left_out("messages", example.messages, own, example.tools)
+                    by = self._marked_turns if self._template.marks_answers else self._learned_turns
+                    return by(example)
                 case CompletionExample():
                     texts = {"completion": example.completion}
                     return self._render_continuations(example.prompt, texts).sides["completion"]
@@ -196,7 +197,8 @@ class Renderer:
         """Answers that are turns after one conversation."""
         opening = self._template.frame.opening
         for name, answer in answers.items():
-            self._template.refuse_what_is_left_out(name, prompt, answer, tools)
+            own = range(len(prompt), len(prompt) + len(answer))
+            self._template.refuse_what_is_left_out(name, prompt + answer, own, tools)
         asked = self._template.ids(prompt, tools, header=True)
         sides = {name: self._score_answer(name, prompt, answer, tools) for name, answer in answers.items()}
         opened = asked + opening
@@ -205,41 +207,48 @@ class Renderer:
 
     def _marked_turns(self, example: TurnsExample) -> RenderedSide:
         """By the template's own marks of what the assistant writes, one for each of its turns."""
-        self._refuse_what_is_left_out(example)
-        tokens, marked = self._template.marked(example.messages, example.tools)
-        learned = [
-            yes
-            for yes, message in zip(example.learned, example.messages, strict=True)
-            if message["role"] == "assistant"
-        ]
-        if len(marked) != len(learned):
+        messages, tools = example.messages, example.tools
+        whole, marked = self._template.marked(messages, tools)
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(marked) != len(turns):
             raise RenderError(
                 "messages",
-                f"the chat template marks {len(marked)} answers where the assistant has {len(learned)} turns",
+                f"the chat template marks {len(marked)} answers where the assistant has {len(turns)} turns",
             )
-        end_of_turn = self._template.frame.end_of_turn
-        mask = np.zeros(len(tokens), dtype=np.float32)
-        for span, wanted in zip(marked, learned, strict=True):
-            if end_of_turn not in tokens[span.start : span.stop]:
-                raise ModelError(
-                    f"the chat template's generation block leaves out {shown_text(self.tokenizer, (end_of_turn,))}, "
-                    "which ends the assistant's turn: the model could not learn where to stop; in the template, put "
-                    "endgeneration behind it"
+        mask, end = np.zeros(len(whole), dtype=np.float32), 0
+        for place, span in zip(turns, marked, strict=True):
+            if not example.learned[place]:
+                continue
+            self._refuse_end_of_turn_inside("messages", messages[place])
+            start, end = self._marked_turn(messages[:place], tools, whole, span)
+            mask[start:end] = 1.0
+            self._refuse_dropped_start("messages", messages, place, tools, whole[start:end])
+            if place < len(messages) - 1:
+                alone, (*_, last) = self._template.marked(messages[: place + 1], tools)
+                self._refuse_another_turn(
+                    "messages", place, alone[last.start : last.stop], whole[span.start : span.stop]
                 )
-            mask[span.start : span.stop] = float(wanted)
-        end = max(span.stop for span, wanted in zip(marked, learned, strict=True) if wanted)
-        return RenderedSide(tokens[:end], mask[:end])
+        return RenderedSide(whole[:end], mask[:end])
+
+    def _marked_turn(self, before: Messages, tools: Tools, whole: Tokens, span: range) -> tuple[int, int]:
+        """What of a marked span the model writes: behind header and opening, up to the first end of its turn."""
+        frame, start = self._template.frame, span.start
+        asked = self._template.ids(before, tools, header=True)
+        if starts_with(whole, asked):  # a template may change the prompt; then its marks are all there is
+            opened = asked + frame.opening
+            start = max(start, len(opened) if starts_with(whole, opened) else len(asked))
+        if frame.end_of_turn not in whole[start : span.stop]:
+            raise ModelError(
+                f"the chat template's generation block leaves out {shown_text(self.tokenizer, (frame.end_of_turn,))}, "
+                "which ends the assistant's turn: the model could not learn where to stop; in the template, put "
+                "endgeneration behind it"
+            )
+        return start, whole.index(frame.end_of_turn, start) + 1
 
     def _learned_turns(self, example: TurnsExample) -> RenderedSide:
         """By rendering what stands before each turn: it must be the start of the whole conversation, token by token."""
-        self._refuse_what_is_left_out(example)
         places = [index for index, learned in enumerate(example.learned) if learned]
         return self._score_turns("messages", example.messages, places, example.tools)
-
-    def _refuse_what_is_left_out(self, example: TurnsExample) -> None:
-        first = example.learned.index(True)
-        prompt, learned = example.messages[:first], example.messages[first:]
-        self._template.refuse_what_is_left_out("messages", prompt, learned, example.tools)
 
     def _score_answer(self, name: str, prompt: Messages, response: Messages, tools: Tools) -> RenderedSide:
         """Every assistant turn of a response is scored."""
@@ -257,8 +266,11 @@ class Renderer:
             before = self._template.ids(turns[:place], tools, header=True)
             start, end = self._turn(name, before, whole)
             mask[start:end] = 1.0
+            self._refuse_dropped_start(name, turns, place, tools, whole[start:end])
             if place < len(turns) - 1:
-                self._refuse_rewritten_turn(name, turns[: place + 1], tools, whole[start:end])
+                alone = self._template.ids(turns[: place + 1], tools, header=False)
+                first, last = self._turn(name, before, alone)
+                self._refuse_another_turn(name, place, alone[first:last], whole[start:end])
         return RenderedSide(whole[:end], mask[:end])
 
     def _turn(self, name: str, before: Tokens, whole: Tokens) -> tuple[int, int]:
@@ -287,16 +299,28 @@ class Renderer:
                 name, f"the response contains {text}, which ends a turn; remove it from the text"
             )
 
-    def _refuse_rewritten_turn(self, name: str, turns: Messages, tools: Tools, later: Tokens) -> None:
-        """The last of these must read as it did when the model wrote it; some templates drop its reasoning later."""
-        before = self._template.ids(turns[:-1], tools, header=True)
-        alone = self._template.ids(turns, tools, header=False)
-        start, end = self._turn(name, before, alone)
-        if alone[start:end] != later:
+    def _refuse_another_turn(self, name: str, place: int, alone: Tokens, later: Tokens) -> None:
+        """A turn must read as it did when the model wrote it; some templates drop its reasoning later."""
+        if alone != later:
             raise RenderError(
                 name,
-                f"the chat template rewrites turn {len(turns) - 1} once others follow, "
-                f"{self._difference(alone[start:end], later)}: make a row of each turn",
+                f"the chat template rewrites turn {place} once others follow, "
+                f"{self._difference(alone, later)}: make a row of each turn",
+            )
+
+    def _refuse_dropped_start(
+        self, name: str, turns: Messages, place: int, tools: Tools, scored: Tokens
+    ) -> None:
+        """What the row says must be what is scored: where it does not stand there as it is, the template is asked."""
+        said, shown = (
+            "".join(text.split())
+            for text in (turns[place]["content"], str(self.tokenizer.decode(list(scored))))
+        )
+        if said not in shown and self._template.drops_the_start(turns, place, tools):
+            raise RenderError(
+                name,
+                f"the chat template leaves out the start of turn {place}: of {shown_text(self.tokenizer, scored)} the "
+                "row says more; take a tokenizer whose template shows it, or remove it from the row",
             )
 
     def _difference(self, one: Tokens, other: Tokens) -> str:

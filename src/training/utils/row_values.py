@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeAlias, cast
 
@@ -43,12 +44,26 @@ def refuse_unread(row: Row) -> None:
             raise ExampleError(key, f"{shown(row[key])}; {advice}")
 
 
+def read_number(value: object, place: str, expected: str = "a finite number") -> float:
+    """A number that can be computed with. Raises ExampleError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            if math.isfinite(number := float(value)):
+                return number
+    raise ExampleError(place, f"{shown(value)}; expected {expected}")
+
+
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
+
+
 def read_weight(row: Row) -> float:
     """How much the row counts; 1 where it does not say. Raises ExampleError."""
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ExampleError("weight", f"{shown(weight)}; expected a number above 0")
-    return float(weight)
+    given = row.get("weight")
+    expected = "a number above 0 (1e-6 to 1e6)"
+    weight = 1.0 if given is None else read_number(given, "weight", expected)
+    if not LEAST_WEIGHT <= weight <= LARGEST_WEIGHT:
+        raise ExampleError("weight", f"{shown(given)}; expected {expected}")
+    return weight
 
 
 def field_path(place: str, key: str) -> str:

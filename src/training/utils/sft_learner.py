@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from firesteel.sdk import Datum, ForwardBackwardOutput, TensorData, Verification
+from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
 from training.utils.client import ReconnectableClient
 from training.utils.heldout_rows import HeldoutRow, HeldoutRows, row_of_nll
-from training.utils.losses import make_nll_loss, weight_of
+from training.utils.losses import make_nll_loss, summed_nll, weight_of
 from training.utils.reference_pass import AnyReferences
 from training.utils.row_sets import RowSet
 from training.utils.sft_rows import SFT, LearnedSequence, SftRows
@@ -34,22 +34,24 @@ class SftLearner:
     def accumulate(
         self, policy: ReconnectableClient, items: Sequence[LearnedSequence], references: AnyReferences
     ) -> ForwardBackwardOutput:
-        """`make_nll_loss`, by the trainer's own cross-entropy: it only sums, so the weights are divided here, once.
-
-        A batch of any length is one forward and one backward then, whatever the budget for kept graphs.
-        """
+        """In parts whose graphs can be kept: a loss that is a sum needs no second forward, whatever the batch."""
         data = self.data(items)
         total = sum(map(weight_of, data))
-        result = policy.forward_backward([_scaled(datum, 1 / total) for datum in data], weighted_only=True)
-        metrics = nll_metrics(result.metrics["loss:sum"])
-        return replace(result, metrics={**result.metrics, **metrics, "learned_weight": total})
+        loss = make_nll_loss(total)
+        results = [
+            policy.forward_backward_custom(part, loss, weighted_only=True)
+            for part in _parts(data, policy.description.activation_token_budget)
+        ]
+        metrics = _added(results)
+        told = nll_metrics(metrics["sft_loss"])
+        return replace(results[0], metrics={**metrics, **told, "learned_weight": total})
 
     def verify(
         self, policy: ReconnectableClient, items: Sequence[LearnedSequence], references: AnyReferences
     ) -> Verification:
-        """By the same loss as a function of log-probabilities."""
+        """See `learner.Learner`."""
         data = self.data(items)
-        return policy.verify(data, make_nll_loss(data), weighted_only=True)
+        return policy.verify(data, make_nll_loss(sum(map(weight_of, data))), weighted_only=True)
 
     def evaluate(
         self,
@@ -65,11 +67,11 @@ class SftLearner:
             if abandon():
                 return {}
             data = self.data(items)
-            result = policy.forward(data, weighted_only=True)
-            loss += result.metrics["loss:sum"]
+            outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
+            logprobs = [output["logprobs"].to_torch() for output in outputs]
+            loss += float(summed_nll(data, logprobs))
             total += sum(map(weight_of, data))
-            outputs = [output["logprobs"].to_numpy() for output in result.loss_fn_outputs]
-            told += [row_of_nll(item.line, item.datum, row) for item, row in zip(items, outputs, strict=True)]
+            told += [row_of_nll(i.line, i.datum, row.numpy()) for i, row in zip(items, logprobs, strict=True)]
         keep(HeldoutRows(self.loss_name, told))
         return nll_metrics(loss / total)
 
@@ -79,7 +81,24 @@ def nll_metrics(loss: float) -> dict[str, float]:
     return {"sft_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def _scaled(datum: Datum, factor: float) -> Datum:
-    weights = datum.loss_fn_inputs["weights"].to_numpy() * factor
-    inputs = {**datum.loss_fn_inputs, "weights": TensorData(weights, "float32")}
-    return Datum(datum.model_input, inputs)
+def _parts(data: Sequence[Datum], token_budget: int) -> Iterator[list[Datum]]:
+    """In order, so many as have no more tokens than this together; one that has more stands alone."""
+    part: list[Datum] = []
+    tokens = 0
+    for datum in data:
+        if part and tokens + datum.model_input.length > token_budget:
+            yield part
+            part, tokens = [], 0
+        part.append(datum)
+        tokens += datum.model_input.length
+    yield part
+
+
+def _added(results: Sequence[ForwardBackwardOutput]) -> dict[str, float]:
+    """The metrics of a step's parts: sums, but for those that are a maximum."""
+    first, *others = (result.metrics for result in results)
+    added = dict(first)
+    for metrics in others:
+        for name, value in metrics.items():
+            added[name] = max(added[name], value) if name.endswith(":max") else added[name] + value
+    return added
