@@ -42,7 +42,7 @@ class Estimate:
     steps_per_epoch: int
     epochs: int
     computed_tokens_per_epoch: int
-    """After sharing: what a step's `train/computed_tokens` add up to."""
+    """After sharing, what `train/computed_tokens` add up to."""
     steps_timed: int
     seconds_per_epoch: float
     """Of the training steps alone."""
@@ -151,7 +151,7 @@ def _reckoned(trial: Trial, measured: Measured, rows: int) -> Estimate:
         heldout_rows=len(heldout),
         steps_per_epoch=per_epoch,
         epochs=config.epochs,
-        computed_tokens_per_epoch=train_tokens,
+        computed_tokens_per_epoch=round(train_tokens * measured.shared),
         steps_timed=measured.steps.optimizer.calls,
         seconds_per_epoch=epoch,
         seconds_to_warm_up=slower,

@@ -21,6 +21,8 @@ Level = Literal["error", "warning", "note"]
 LINES_SHOWN = 5
 REFUSALS_TOLD = 10
 """So many pairs in which one side refuses to answer are worth a word."""
+PAIRS_TOLD = 20
+"""Of fewer pairs, nothing is said about lengths."""
 BIASED = 0.65
 """Where the longer side is surely preferred more often than this, or as seldom, length itself is learned."""
 
@@ -153,7 +155,7 @@ def _contradictory(rows: RowArray) -> Iterator[Finding]:
 
 def _length_bias(rows: RowArray) -> Iterator[Finding]:
     share = longer_is_chosen(rows)
-    if share.low > BIASED:
+    if share.low > BIASED and share.out_of >= PAIRS_TOLD:
         text = f"the longer response is the chosen one in {share} of {share.out_of:,} pairs: length is learned with it"
         advice = "; a loss per token (sigmoid_norm, simpo) or ld holds against that"
         yield Finding("warning", "length-bias", text + advice)
@@ -162,7 +164,7 @@ def _length_bias(rows: RowArray) -> Iterator[Finding]:
 def _looks_swapped(rows: RowArray) -> Iterator[Finding]:
     """Suspicions only, from what is usual: longer answers are preferred more often, refusals less often."""
     share = longer_is_chosen(rows)
-    if share.high < 1 - BIASED:
+    if share.high < 1 - BIASED and share.out_of >= PAIRS_TOLD:
         text = f"the longer response is the chosen one in only {share} of {share.out_of:,} pairs"
         yield Finding(
             "warning",

@@ -87,6 +87,8 @@ class Measured:
     """The first steps."""
     steps: Steps
     """Those after them."""
+    shared: float
+    """Computed tokens of steps, for each token of their rows after sharing: rows of a batch share beginnings, too."""
     evaluation: Timed
     answers: float
     export: Written
@@ -114,14 +116,14 @@ class Trial:
         with closing(references):
             reference = self._reference_pass(references)
             evaluation = self._evaluation(policy, references)
-            warming, steps = self._steps(policy, references)
+            warming, steps, shared = self._steps(policy, references)
         self._largest_step(policy)
         answers = self._answers(policy)
         export = _written(scratch / "export", policy.save_weights)
         checkpoint = Written()
         if self.config.dcp_save_interval:
             checkpoint = _written(scratch / "state", policy.save_state)
-        parts = (loading, reference, warming, steps, evaluation, answers, export, checkpoint)
+        parts = (loading, reference, warming, steps, shared, evaluation, answers, export, checkpoint)
         return Measured(*parts, _peak_memory())
 
     @cached_property
@@ -192,31 +194,34 @@ class Trial:
         self._learner.evaluate(policy, rows, references, lambda: False)
         return Timed(time.monotonic() - began, int(self.tokens(rows).sum()), 1)
 
-    def _steps(self, policy: ReconnectableClient, references: AnyReferences) -> tuple[Steps, Steps]:
-        """The first steps, and those after them until that has taken long enough."""
+    def _steps(self, policy: ReconnectableClient, references: AnyReferences) -> tuple[Steps, Steps, float]:
+        """The first steps, those after them until that has taken long enough, and see `Measured.shared`."""
         made: list[Steps] = []
+        computed = 0.0
         tokens = self.tokens(self.split.train)
         with closing(self.split.train.taken_ahead(batch.rows for batch in self._first)) as ahead:
             for batch, taken in zip(self._first, ahead, strict=True):
-                seconds = self._step(policy, batch, taken.items, references)
-                passes = Timed(seconds.passes + taken.waited, int(tokens[list(batch.rows)].sum()), 1)
-                made.append(Steps(passes, Timed(seconds.optimizer, 0, 1)))
+                step_made = self._step(policy, batch, taken.items, references)
+                passes = Timed(step_made.passes + taken.waited, int(tokens[list(batch.rows)].sum()), 1)
+                made.append(Steps(passes, Timed(step_made.optimizer, 0, 1)))
+                computed += step_made.computed
                 spent = sum(step.passes.seconds + step.optimizer.seconds for step in made[WARM_STEPS:])
                 self.display.say(f"estimate: step {batch.step} of {len(self._first)} tried")
                 if len(made) >= WARM_STEPS + FEWEST_STEPS and spent > SECONDS_OF_STEPS:
                     break
-        return _sum(made[:WARM_STEPS]), _sum(made[WARM_STEPS:] or made)
+        shared = computed / sum(step.passes.tokens for step in made)
+        return _sum(made[:WARM_STEPS]), _sum(made[WARM_STEPS:] or made), shared
 
     def _step(
         self, policy: ReconnectableClient, batch: Batch, items: Sequence[Any], references: AnyReferences
-    ) -> _Seconds:
+    ) -> _Step:
         config, began = self.config, time.monotonic()
-        self._learner.accumulate(policy, items, references)
+        computed = self._learner.accumulate(policy, items, references).metrics["computed_tokens:sum"]
         passed = time.monotonic()
         total = epochs_of(config, self.split).total_steps
         rate = config.lr_scheduler.learning_rate(config.learning_rate, batch.step, total)
         policy.optim_step(config.adam_params(rate))
-        return _Seconds(passed - began, time.monotonic() - passed)
+        return _Step(passed - began, time.monotonic() - passed, computed)
 
     def _largest_step(self, policy: ReconnectableClient) -> None:
         """The batch of the first epoch with the most tokens: what memory is needed for."""
@@ -231,11 +236,12 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Seconds:
-    """Of one step."""
+class _Step:
+    """The seconds of one step, and the tokens that it computed."""
 
     passes: float
     optimizer: float
+    computed: float
 
 
 def _blocks(tokens: IntArray) -> list[int]:
