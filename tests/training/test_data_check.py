@@ -18,7 +18,7 @@ from training.recipes.dpo_loop import main
 from training.utils.data_check import Check, FileReport, kind_of
 from training.utils.data_check_text import report_lines
 from training.utils.data_figures import Lengths, Share
-from training.utils.data_findings import Finding
+from training.utils.data_findings import DataFinding
 from training.utils.preference_rows import PREFERENCES, saved_by_sharing
 from training.utils.rendering import Renderer
 from training.utils.row_outcomes import Rendering
@@ -54,7 +54,7 @@ def check(path: str, renderer: Renderer | None, **rules: Any) -> FileReport:
     return report
 
 
-def found(report: FileReport) -> dict[str, Finding]:
+def found(report: FileReport) -> dict[str, DataFinding]:
     return {finding.name: finding for finding in report.findings}
 
 

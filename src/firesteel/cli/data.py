@@ -127,7 +127,7 @@ def check(
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file, gzipped or not.")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="As docs/data.md names it: messages, samples, …")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="messages, preferred_output, samples, …")],
     out: Annotated[
         Path | None, typer.Option(help="File to write, gzipped if it ends in .gz; default: standard output.")
     ] = None,

@@ -19,7 +19,7 @@ from firesteel.sdk.errors import DataError
 from training.utils.data_figures import Lengths, Share
 from training.utils.data_findings import (
     LINES_SHOWN,
-    Finding,
+    DataFinding,
     Level,
     RowArray,
     leakage,
@@ -85,14 +85,14 @@ class FileReport:
     usable: int = 0
     figures: Figures | None = None
     """None where no pair is left."""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[DataFinding, ...] = ()
     losses: tuple[Loss, ...] = ()
     listed: tuple[RowOutcome, ...] = ()
     """Rows that are refused, dropped or shortened: the first few, or all if that was asked for."""
     lost: int = 0
     """How many there are in all."""
 
-    def of_level(self, level: Level) -> list[Finding]:
+    def of_level(self, level: Level) -> list[DataFinding]:
         """Its findings of one level."""
         return [finding for finding in self.findings if finding.level == level]
 
@@ -133,7 +133,7 @@ class Check:
         try:
             return self._in_characters(path) if self.renderer is None else self._in_tokens(path)
         except DataError as error:
-            unusable = Finding("error", error.code, str(error))
+            unusable = DataFinding("error", error.code, str(error))
             return FileReport(path, f"{path}: cannot be used", findings=(unusable,)), np.empty(
                 0, self.kind.record_type
             )
@@ -237,7 +237,7 @@ class _Listing:
         found = [Loss(*key, count, tuple(self._lines[key])) for key, count in self._counts.items()]
         return sorted(found, key=lambda loss: -loss.rows)
 
-    def findings(self, refused: Level) -> list[Finding]:
+    def findings(self, refused: Level) -> list[DataFinding]:
         told: list[tuple[Outcome, Level, str]] = [
             ("refused", refused, "cannot be used"),
             ("dropped", "warning", "too long, and dropped"),
@@ -252,7 +252,7 @@ class _Listing:
                     line for (kind, _), some in self._lines.items() if kind == outcome for line in some
                 )
                 found.append(
-                    Finding(
+                    DataFinding(
                         level, outcome, f"{count:,} {rows} {verb}{what}", count, tuple(lines[:LINES_SHOWN])
                     )
                 )
@@ -264,5 +264,5 @@ def _kind_of(reason: str) -> str:
     return re.sub(r'"[^"]*"', '"…"', re.sub(r"\d[\d,]*", "…", reason))
 
 
-def _with_findings(report: FileReport, more: Iterable[Finding]) -> FileReport:
+def _with_findings(report: FileReport, more: Iterable[DataFinding]) -> FileReport:
     return replace(report, findings=(*report.findings, *more))

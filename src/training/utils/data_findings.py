@@ -28,7 +28,7 @@ BIASED = 0.65
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """One thing: an error stops a run, a warning may spoil it, a note is only told."""
 
     level: Level
@@ -50,14 +50,14 @@ def lines_told(lines: tuple[int, ...], rows: int) -> str:
     return f" (line{'s' if rows > 1 else ''} {', '.join(map(str, lines))}{more})"
 
 
-def findings_of(rows: RowArray) -> Iterator[Finding]:
+def findings_of(rows: RowArray) -> Iterator[DataFinding]:
     """Findings about rows of any kind that are used together."""
     yield from _repeated(rows)
     for sign, (level, name, text) in _OF_SIGNS.items():
         yield from _about(_with(rows, sign), rows, level, name, text)
 
 
-def findings_of_preferences(rows: RowArray) -> Iterator[Finding]:
+def findings_of_preferences(rows: RowArray) -> Iterator[DataFinding]:
     """The same, and those about what is preferred to what."""
     yield from findings_of(rows)
     yield from _contradictory(rows)
@@ -65,7 +65,7 @@ def findings_of_preferences(rows: RowArray) -> Iterator[Finding]:
     yield from _looks_swapped(rows)
 
 
-def leakage(heldout: RowArray, train: RowArray) -> Iterator[Finding]:
+def leakage(heldout: RowArray, train: RowArray) -> Iterator[DataFinding]:
     """Held-out rows whose prompt is trained on, or that are trained on themselves; lines are those held out."""
     same_prompt = np.isin(heldout["prompt"], train["prompt"])
     yield from _about(
@@ -114,10 +114,10 @@ _OF_SIGNS: dict[Sign, tuple[Level, str, str]] = {
 }
 
 
-def _about(which: BoolArray, rows: RowArray, level: Level, name: str, text: str) -> Iterator[Finding]:
+def _about(which: BoolArray, rows: RowArray, level: Level, name: str, text: str) -> Iterator[DataFinding]:
     count = int(which.sum())
     if count:
-        yield Finding(level, name, f"{count:,} {text}", count, _first_lines(rows, which))
+        yield DataFinding(level, name, f"{count:,} {text}", count, _first_lines(rows, which))
 
 
 def _first_lines(rows: RowArray, which: BoolArray) -> tuple[int, ...]:
@@ -141,32 +141,32 @@ def _row_keys(
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _repeated(rows: RowArray) -> Iterator[Finding]:
+def _repeated(rows: RowArray) -> Iterator[DataFinding]:
     repeated = np.ones(len(rows), dtype=np.bool_)
     repeated[np.unique(_row_keys(rows, "content"), return_index=True)[1]] = False
     yield from _about(repeated, rows, "warning", "duplicates", "rows have been there before, token for token")
 
 
-def _contradictory(rows: RowArray) -> Iterator[Finding]:
+def _contradictory(rows: RowArray) -> Iterator[DataFinding]:
     against = np.isin(_row_keys(rows, "turned"), _row_keys(rows, "content"))
     text = "rows contradict another: the same prompt and answers, preferred the other way round"
     yield from _about(against, rows, "warning", "contradictions", text)
 
 
-def _length_bias(rows: RowArray) -> Iterator[Finding]:
+def _length_bias(rows: RowArray) -> Iterator[DataFinding]:
     share = longer_is_chosen(rows)
     if share.low > BIASED and share.out_of >= PAIRS_TOLD:
         text = f"the longer response is the chosen one in {share} of {share.out_of:,} pairs: length is learned with it"
         advice = "; a loss per token (sigmoid_norm, simpo) or ld holds against that"
-        yield Finding("warning", "length-bias", text + advice)
+        yield DataFinding("warning", "length-bias", text + advice)
 
 
-def _looks_swapped(rows: RowArray) -> Iterator[Finding]:
+def _looks_swapped(rows: RowArray) -> Iterator[DataFinding]:
     """Suspicions only, from what is usual: longer answers are preferred more often, refusals less often."""
     share = longer_is_chosen(rows)
     if share.high < 1 - BIASED and share.out_of >= PAIRS_TOLD:
         text = f"the longer response is the chosen one in only {share} of {share.out_of:,} pairs"
-        yield Finding(
+        yield DataFinding(
             "warning",
             "looks-swapped-by-length",
             f"{text}: unless short answers are wanted, look whether chosen and rejected are swapped",
@@ -176,7 +176,7 @@ def _looks_swapped(rows: RowArray) -> Iterator[Finding]:
     refusals = Share.of(int((chosen & one_refuses).sum()), int(one_refuses.sum()))
     if refusals.out_of >= REFUSALS_TOLD and refusals.low > BIASED:
         text = f"where one side declines to answer, it is the chosen one in {refusals} of {refusals.out_of:,} pairs"
-        yield Finding(
+        yield DataFinding(
             "warning",
             "looks-swapped-by-refusals",
             f"{text}: unless declining is to be learned, look whether chosen and rejected are swapped",

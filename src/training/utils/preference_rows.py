@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from firesteel.sdk.types import IntArray
-from training.utils.data_findings import Finding, RowArray, findings_of_preferences
+from training.utils.data_findings import DataFinding, RowArray, findings_of_preferences
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import PreferencePair, pairs_of, render_usable, shortened_or_dropped
 from training.utils.preference_data import FORMATS, read_row
@@ -158,7 +158,7 @@ class PreferenceRows:
         ).astype(np.int64)
         return computed
 
-    def findings(self, records: RowArray) -> Iterator[Finding]:
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
         """See `row_check.RowKind`."""
         return findings_of_preferences(records)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from firesteel.sdk.types import IntArray
-from training.utils.data_findings import Finding, RowArray
+from training.utils.data_findings import DataFinding, RowArray
 from training.utils.jsonl import LocatedRow
 from training.utils.preference_examples import ExampleError
 from training.utils.rendering import RenderedAnswers, Renderer
@@ -92,7 +92,7 @@ class RowKind(Protocol[T_co]):
     def computed(self, records: RowArray, longest: int | None) -> IntArray:
         """How many tokens of each row are computed: beginnings that are shared count once."""
 
-    def findings(self, records: RowArray) -> Iterator[Finding]:
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
         """What is wrong, or may be wrong, with rows that are used together."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firesteel.sdk.types import Datum, IntArray
-from training.utils.data_findings import Finding, RowArray, findings_of
+from training.utils.data_findings import DataFinding, RowArray, findings_of
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import datum_of
 from training.utils.preference_examples import ExampleError, Messages
@@ -110,7 +110,7 @@ class SftRows:
         whole: IntArray = np.minimum(records["tokens"].astype(np.int64), longest or np.iinfo(np.int64).max)
         return whole
 
-    def findings(self, records: RowArray) -> Iterator[Finding]:
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
         """See `row_check.RowKind`."""
         return findings_of(records)
 
