@@ -58,6 +58,7 @@ class Estimate:
     seconds_saving: float
     """The export, and the checkpoints if there are any."""
     seconds_total: float
+    """Without the start of the program and the reading of rows, which a check before it has done."""
     peak_memory_bytes: int
     """Of this process, as the run's own would be; of a trainer elsewhere nothing is known."""
     disk_export_bytes: int

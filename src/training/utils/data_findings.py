@@ -6,6 +6,7 @@ in `row_check`; nothing here drops one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -114,8 +115,13 @@ _OF_SIGNS: dict[Sign, tuple[Level, str, str]] = {
 }
 
 
+_OF_ONE = {"have": "has", "are": "is", "begin": "begins", "end": "ends", "contradict": "contradicts"}
+
+
 def _about(which: BoolArray, rows: RowArray, level: Level, name: str, text: str) -> Iterator[DataFinding]:
     count = int(which.sum())
+    if count == 1:
+        text = re.sub(r"rows (\w+)", lambda found: f"row {_OF_ONE[found[1]]}", text, count=1)
     if count:
         yield DataFinding(level, name, f"{count:,} {text}", count, _first_lines(rows, which))
 
