@@ -191,7 +191,7 @@ class Trial:
         if not len(rows):
             return Timed()
         began = time.monotonic()
-        self._learner.evaluate(policy, rows, references, lambda: False)
+        self._learner.evaluate(policy, rows, references, lambda: False, lambda kept: None)
         return Timed(time.monotonic() - began, int(self.tokens(rows).sum()), 1)
 
     def _steps(self, policy: ReconnectableClient, references: AnyReferences) -> tuple[Steps, Steps, float]:
