@@ -30,13 +30,14 @@ MESSAGES = {
     "tools": TOOLS,
     "weight": 2.5,
     "id": "row 1",
+    "source": "web",
 }
 PLAIN = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 TEXTS = {"chosen": {"text": "2+2=4"}, "rejected": {"text": "2+2=5"}}
 SCORED = {
     "samples": [{"messages": [USER, FIVE], "score": 2}, {"messages": [USER, FOUR], "evals": {"score": 9.5}}]
 }
-RANKED = {"prompt": [USER], "completions": ["4", "5", "6"], "ranks": [1, 3, 3]}
+RANKED = {"source": "web", "prompt": [USER], "completions": ["4", "5", "6"], "ranks": [1, 3, 3]}
 TURNS = {"messages": [USER, {**FIVE, "weight": 0}, USER, FOUR]}
 OF_MESSAGES = ["messages", "preferred_output", "prompt-messages", "message-lists", "samples", "completions"]
 SAID = [
@@ -80,7 +81,7 @@ def test_there_and_back_the_tokens_are_the_same(tmp_path: Path, row: Any, here: 
     assert form(str(other)) == there
     convert_file(str(other), here, again, "fail", print)
     assert tokens(path) == tokens(str(other)) == tokens(str(again))
-    kept = {"id", "weight"} & row.keys()
+    kept = {"id", "weight", "source"} & row.keys()
     assert {key: json.loads(other.read_text())[key] for key in kept} == {key: row[key] for key in kept}
 
 

@@ -217,7 +217,7 @@ def _read(row: LocatedRow, kind: RowKind[Any]) -> tuple[str, object]:
         return form, example
     form, preference = read_row(row.raw, row.line)
     if isinstance(preference, RankedExample) and len(preference.answers) == 2:
-        preference = replace(_as_pair(preference), weight=preference.weight)
+        preference = replace(_as_pair(preference), weight=preference.weight, source=preference.source)
     return form, preference
 
 

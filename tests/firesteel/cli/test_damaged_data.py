@@ -278,6 +278,7 @@ ROWS: dict[str, tuple[Any, str]] = {
         sides([USER, {**FOUR, "weight": 0}], [USER, FIVE]),
         "chosen.messages[1].weight: 0 on a turn of the response",
     ),
+    "a source that is a number": ({**GOOD, "source": 5}, "source: the number 5; expected a string"),
     "one sample": ({"samples": SAMPLES[:1]}, "samples: a list of 1; expected 2 to 256 answers"),
     "samples an object": (
         {"samples": {"a": 1}},
