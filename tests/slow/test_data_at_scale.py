@@ -63,5 +63,5 @@ def test_memory_grows_by_little_more_than_the_index(tmp_path: Path) -> None:
     assert seen == 400
     assert spread > 0.9 * ROWS  # one shuffle of the whole file, not of a window
     assert path.stat().st_size > row_index.BYTES_WORTH_WORKERS  # by worker processes, as large files are
-    # The rows take 17 MB, their index 3.2; a million may take 200.
+    # The rows take 17 MB, their index 6.4; a million may take 200.
     assert grown < 40

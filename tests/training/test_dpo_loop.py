@@ -362,7 +362,7 @@ def test_a_held_out_file_that_repeats_trained_prompts_is_said_to(
 ) -> None:
     settings = config(tmp_path)
     main(settings.model_copy(update={"eval_dataset": settings.dataset}))
-    assert "eval_dataset: 6 of its rows have a prompt that is trained on" in capsys.readouterr().out
+    assert "eval_dataset: 6 held-out rows have a prompt that is trained on" in capsys.readouterr().out
 
 
 def test_weights_are_exported_before_anything_else_can_fail(

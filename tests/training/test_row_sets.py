@@ -170,8 +170,8 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, renderer: Renderer, name:
     assert not list(index.folder.parent.glob(".partial-*"))
 
 
-def test_a_row_takes_36_bytes() -> None:
-    assert PREFERENCES.record_type.itemsize == 36
+def test_a_row_takes_64_bytes() -> None:
+    assert PREFERENCES.record_type.itemsize == 64
 
 
 def test_a_gzipped_file_is_read_by_place_like_a_plain_one(tmp_path: Path, renderer: Renderer) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import firesteel
-from firesteel.cli import cache, doctor, keys, models, recipes, report, runs, sample, serve
+from firesteel.cli import cache, data, doctor, keys, models, recipes, report, runs, sample, serve
 from firesteel.sdk.errors import FiresteelError, UserError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
 recipes.register(app)
 app.command("sample")(sample.sample)
 app.command("report")(report.report)
+app.add_typer(data.app, name="data")
 app.command("export")(runs.export)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")

@@ -42,12 +42,7 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
         resume_from: str | None = None,
         **flags: str | bool | None,
     ) -> None:
-        values = read_config(config_file) if config_file else {}
-        for assignment in set_:
-            path, equals, text = assignment.partition("=")
-            if not equals:
-                raise ConfigError(f"--set {assignment}: expected key=value, for instance --set beta=0.2")
-            _assign(values, path.strip().split("."), _value(text))
+        values = read_settings(config_file, set_)
         for name, given in flags.items():
             if given is not None:
                 value = given if isinstance(given, bool) else _value(given)
@@ -79,6 +74,17 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
         parameters.append(inspect.Parameter(name, kind, default=option, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
+
+
+def read_settings(config_file: Path | None, assignments: Sequence[str]) -> dict[str, Any]:
+    """The settings of a file, and over them those that were given as `key=value`."""
+    values = read_config(config_file) if config_file else {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected key=value, for instance --set beta=0.2")
+        _assign(values, path.strip().split("."), _value(text))
+    return values
 
 
 def _fields(config: type[Settings], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -34,11 +34,6 @@ class Split(Generic[T]):
     train: RowSet[T]
     heldout: RowSet[T]
 
-    @property
-    def overlap(self) -> int:
-        """Held-out rows whose prompt is trained on: possible only if they come from a file of their own."""
-        return int(np.isin(self.heldout.prompts, self.train.prompts).sum())
-
 
 def split_by_prompt(rows: RowSet[T], fraction: float, seed: int) -> Split[T]:
     """Hold out some of the rows of one file, see `drawn_by_prompt`."""

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from training.utils.preference_examples import ExampleError
 from training.utils.row_values import Row, field_path, shown
 
 MAX_ROW_BYTES = 50_000_000
+# So much of the first line tells what kind of file it is.
+_START = 100_000
 _GZIP, _BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 
 
@@ -136,15 +139,38 @@ def _bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
         yield raw, length
 
 
+_UNPACK = "unpack it, or pack it with gzip"
+_AS_ROWS = "write each row as one JSON object on a line of its own"
+# What is not JSON Lines at all, by how its first line begins, lower case: an error per line would help nobody.
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "is UTF-32; save it as UTF-8"),
+    (rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]", "is UTF-16; save it as UTF-8"),
+    (rb"par1", "is Parquet; write its rows as JSON Lines"),
+    (rb"arrow1", "is Arrow; write its rows as JSON Lines"),
+    (rb"sqlite format 3", "is an SQLite database; write its rows as JSON Lines"),
+    (rb"pk\x03\x04", "is a ZIP archive; unpack it first"),
+    (rb"bzh[1-9]", f"is packed with bzip2; {_UNPACK}"),
+    (rb"\xfd7zxz", f"is packed with xz; {_UNPACK}"),
+    (rb"\x28\xb5\x2f\xfd", f"is packed with zstd; {_UNPACK}"),
+    (rb"\x1f\x8b", "is packed with gzip twice; unpack it once"),
+    (rb"%pdf-", "is a PDF; write its rows as JSON Lines"),
+    (rb"<(!doctype|html|head|\?xml)", "is a web page: was the download refused?"),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`"),
+    (rb"\[\s*(\{|$)", "is one JSON array; expected one object per line (`jq -c '.[]'`)"),
+    (rb"\{$", "is JSON, but its first object goes over several lines; write each on one (`jq -c .`)"),
+    (rb"---\s*$|- \w+:|\w+:(\s|$)", f"looks like YAML; {_AS_ROWS}"),
+    (rb"\"?\w+\"?([,;\t]\"?\w+\"?)+$", f"looks like CSV; {_AS_ROWS}"),
+)
+_CARRIAGE_RETURNS_ALONE = re.compile(rb"\}\s*\r\s*\{")
+
+
 def _refuse_foreign_file(path: str, first_line: bytes) -> None:
-    """Known by its first line: what is not JSON Lines at all, where an error per line would help nobody."""
-    start = first_line.strip()
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
-    if start.startswith(b"PAR1"):
-        raise DataError(f"{path}: the file is Parquet; write its rows as JSON Lines")
-    if start.startswith(b"[") and start[1:].lstrip()[:1] in (b"", b"{"):
-        raise DataError(f"{path}: the file is one JSON array; expected one object per line (`jq -c '.[]'`)")
+    start = first_line.strip().lower() if len(first_line) < _START else first_line[:_START].lower()
+    for pattern, what in _FOREIGN:
+        if re.match(pattern, start):
+            raise DataError(f"{path}: the file {what}")
+    if _CARRIAGE_RETURNS_ALONE.search(first_line):
+        raise DataError(f"{path}: the file's lines end with CR alone; save it with LF")
 
 
 class _Repeated(dict[str, Any]):
@@ -172,6 +198,10 @@ def parse_row(raw: bytes) -> Row:
 
 
 def _decoded(raw: bytes) -> object:
+    if raw.startswith(_BYTE_ORDER_MARK):  # the file's own is gone by now
+        raise ExampleError(
+            "row", "a byte order mark in the middle of the file, where two were joined; remove it"
+        )
     try:
         text = raw.decode("utf-8").rstrip()  # with its line end, an error at the end would be in column 1
         return json.loads(text, object_pairs_hook=_object, parse_constant=_NotFinite)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from firesteel.sdk.types import IntArray
+from training.utils.data_findings import DataFinding, RowArray, findings_of_preferences
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import PreferencePair, pairs_of, render_usable, shortened_or_dropped
 from training.utils.preference_data import FORMATS, read_row
-from training.utils.preference_examples import PreferenceExample
+from training.utils.preference_examples import (
+    ChatExample,
+    Messages,
+    PreferenceExample,
+    RankedExample,
+    TextExample,
+)
 from training.utils.rendering import RenderedAnswers, Renderer
-from training.utils.row_check import PLACE, RowArray, prompt_key
+from training.utils.row_check import CHECKED, PLACE, RecordedRow, json_key, prompt_key, tokens_key
 from training.utils.row_outcomes import Rendering, RowOutcome
+from training.utils.row_signs import RenderedTurns, Sign, said, signs_of, signs_of_preference
+from training.utils.tokenizer import Tokens, shared_length
 
 
 @dataclass(frozen=True)
@@ -25,14 +36,24 @@ class RenderedPreferences:
     offset: int
     example: PreferenceExample
     rendered: RenderedAnswers
+    signs: Sign
 
     @property
     def record(self) -> tuple[int, ...]:
         """See `PreferenceRows.record_type`."""
-        (best, *others), prompt_len = self.rendered.sides.values(), self.rendered.prompt_len
-        place = (self.offset, prompt_key(best.tokens[:prompt_len]), self.example.line, prompt_len)
-        lengths = len(best.tokens), max(len(other.tokens) for other in others)
-        return (*place, *lengths, len(self.rendered.preferences), self.rendered.ties)
+        prompt_len = self.rendered.prompt_len
+        answers = [side.tokens for side in self.answers.sides.values()]
+        behind = [tokens[prompt_len:] for tokens in answers]
+        keys = [tokens_key(behind), tokens_key(behind[::-1])]
+        place = (self.offset, prompt_key(answers[0][:prompt_len]), self.example.line, prompt_len)
+        checked = (keys[0], sum(map(len, answers)), saved_by_sharing(answers), int(self.signs))
+        lengths = len(answers[0]), max(map(len, answers[1:]))
+        return (*place, *checked, *lengths, len(self.rendered.preferences), self.rendered.ties, keys[1])
+
+    @property
+    def answers(self) -> RenderedAnswers:
+        """See `row_check.RenderedRow`."""
+        return self.rendered
 
     def items(self, rules: Rendering) -> list[PreferencePair]:
         """Its pairs."""
@@ -57,18 +78,54 @@ class PreferenceRows:
     record_type: np.dtype[np.void] = np.dtype(
         [
             *PLACE,
+            *CHECKED,
             ("chosen", "<u4"),  # tokens of the whole side; of a list, its best answer
             ("rejected", "<u4"),  # of a list, the longest of the others
             ("pairs", "<u2"),  # that the row makes
             ("ties", "<u2"),  # twos of its answers between which nothing is preferred
+            ("turned", "<u8"),  # as `content`, of the answers in the opposite order
         ]
     )
-    code: Sequence[str] = ("plain_texts", "ranked_rows", "preference_data", "pairs", "preference_rows")
+    code: Sequence[str] = (
+        "plain_texts",
+        "ranked_rows",
+        "preference_data",
+        "pairs",
+        "row_signs",
+        "preference_rows",
+    )
 
     def render(self, row: LocatedRow, renderer: Renderer) -> RenderedPreferences:
         """See `row_check.RowKind`."""
         form, example = read_row(row.raw, row.line)
-        return RenderedPreferences(form, row.offset, example, render_usable(renderer, example))
+        rendered = render_usable(renderer, example)
+        asked, answers = prompt_and_answers(example)
+        sides = [side.tokens for side in rendered.sides.values()]
+        prompt = RenderedTurns(_messages(asked), sides[0][: rendered.prompt_len])
+        turns = [RenderedTurns(_messages(answer), side) for answer, side in zip(answers, sides, strict=True)]
+        signs = signs_of(sides, prompt, turns, renderer)
+        signs |= signs_of_preference(row, said(answers[0]), said(answers[-1]))
+        return RenderedPreferences(form, row.offset, example, rendered, signs)
+
+    def in_characters(self, row: LocatedRow) -> RecordedRow:
+        """See `row_check.RowKind`."""
+        form, example = read_row(row.raw, row.line)
+        asked, answers = prompt_and_answers(example)
+        prompt, texts = said(asked), [said(answer) for answer in answers]
+        if isinstance(example, TextExample):
+            asked = prompt = texts[0][: shared_length(*texts)]
+            texts = [text[len(prompt) :] for text in texts]
+            answers = tuple(texts)
+        tools = example.tools if isinstance(example, ChatExample | RankedExample) else None
+        whole = [prompt + text for text in texts]
+        pairs, ties = 1, 0
+        if isinstance(example, RankedExample):
+            pairs, ties = len(example.preferences), example.ties
+        place = (row.offset, json_key([asked, tools]), row.line, len(prompt))
+        signs = int(signs_of_preference(row, texts[0], texts[-1]))
+        checked = (json_key(answers), sum(map(len, whole)), saved_by_sharing(whole), signs)
+        lengths = len(whole[0]), max(map(len, whole[1:]))
+        return RecordedRow(form, (*place, *checked, *lengths, pairs, ties, json_key(answers[::-1])))
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""
@@ -79,12 +136,63 @@ class PreferenceRows:
         longest: IntArray = np.maximum(records["chosen"], records["rejected"]).astype(np.int64)
         return longest
 
+    def parts(self, records: RowArray, longest: int | None) -> dict[str, IntArray]:
+        """Of a list, its best answer and the longest of the others."""
+        prompt = records["prompt_len"].astype(np.int64)
+        behind = {side: _cut(records[side], longest) - prompt for side in ("chosen", "rejected")}
+        return {"prompt": prompt, **behind}
+
+    def computed(self, records: RowArray, longest: int | None) -> IntArray:
+        """See `row_check.RowKind`.
+
+        Of lists over the limit only the longest answers' lengths are known: all are taken to be cut in proportion.
+        """
+        tokens, saved = records["tokens"].astype(np.int64), records["saved"].astype(np.int64)
+        if longest is None:
+            return tokens - saved
+        share = np.minimum(longest / self.longest(records), 1)
+        two = records["pairs"] + records["ties"] == 1
+        of_two = _cut(records["chosen"], longest) + _cut(records["rejected"], longest)
+        computed: IntArray = np.where(
+            two, of_two - np.minimum(saved, longest), (tokens - saved) * share
+        ).astype(np.int64)
+        return computed
+
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+        """See `row_check.RowKind`."""
+        return findings_of_preferences(records)
+
     def made(self, records: RowArray) -> str:
         """See `row_check.RowKind`."""
         pairs, ties = int(records["pairs"].sum()), int(records["ties"].sum())
         lists = int((records["pairs"] + records["ties"] > 1).sum())
         among = f" (of {lists:,} ranked lists; {ties:,} ties dropped)" if lists else ""
         return f"{pairs:,} pairs{among}"
+
+
+Text = TypeVar("Text", Tokens, str)
+
+
+def saved_by_sharing(answers: Sequence[Text]) -> int:
+    """How many of the tokens need not be computed, since another answer begins with them."""
+    return sum(shared_length(one, other) for one, other in pairwise(sorted(answers)))
+
+
+def prompt_and_answers(example: PreferenceExample) -> tuple[Messages | str, tuple[Messages | str, ...]]:
+    """What is asked, and what is answered, best first. Of two whole texts nothing is known to be asked."""
+    if isinstance(example, RankedExample):
+        return example.prompt, example.answers
+    prompt = "" if isinstance(example, TextExample) else example.prompt
+    return prompt, (example.chosen, example.rejected)
+
+
+def _messages(turns: Messages | str) -> Messages:
+    return () if isinstance(turns, str) else turns
+
+
+def _cut(lengths: IntArray, longest: int | None) -> IntArray:
+    cut: IntArray = np.minimum(lengths.astype(np.int64), longest or np.iinfo(np.int64).max)
+    return cut
 
 
 PREFERENCES = PreferenceRows()

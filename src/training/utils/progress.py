@@ -117,12 +117,13 @@ def _chopped(text: str, width: int) -> list[str]:
 class Display:
     """Prints for people. Everything a program should read is in the run folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_stderr: bool = False) -> None:
+        """`on_stderr` leaves standard output to a program's answer."""
         from rich.console import Console
 
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # no run ends because a terminal lacks a letter
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, stderr=on_stderr)
         self._said: set[str] = set()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -38,9 +39,17 @@ class References:
     """The reference's log-probabilities, most of them perhaps in the cache of earlier runs."""
 
     def __init__(
-        self, service: ServiceClient, renderer: Renderer, mode: ReferenceMode, start: str | None = None
+        self,
+        service: ServiceClient,
+        renderer: Renderer,
+        mode: ReferenceMode,
+        start: str | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """`start` is the folder of the reference's weights, see `create_reference_client`; None = the base model."""
+        """`start` is the folder of the reference's weights, see `create_reference_client`; None = the base model.
+
+        `cache` is where values are kept, if not in the file that all runs share.
+        """
         self._mode = mode
         self.start = start
         self._statistics = CacheStatistics(0, 0, 0, 0, 0)
@@ -51,7 +60,7 @@ class References:
         self.job_id = service.reference_trainer_job_id
         """None where the reference shares the policy's base."""
         self._identity = self._client.identify()
-        self._cache = ReferenceCache(cache_file(), self._identity, renderer.identity)
+        self._cache = ReferenceCache(cache or cache_file(), self._identity, renderer.identity)
 
     def record(self, pairs: Sequence[PreferencePair]) -> ReferenceRecord:
         """What the reference is, and what it says of these pairs now, computed together."""

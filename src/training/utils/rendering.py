@@ -166,6 +166,13 @@ class Renderer:
         identity = tokenizer_identity(self.tokenizer)
         return f"{identity} {self.today.isoformat()}" if self._template.dated else identity
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """How special tokens are written, those of reasoning left out: it is written with them on purpose."""
+        added, special = self.tokenizer.added_tokens_decoder.items(), set(self.tokenizer.all_special_ids)
+        texts = {str(token) for index, token in added if index in special or token.special}
+        return tuple(sorted(texts - {"<think>", "</think>"}))
+
     @property
     def end_of_turn(self) -> int:
         """The token that ends the assistant's turn."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from firesteel.sdk.types import IntArray
+from training.utils.data_findings import DataFinding, RowArray
 from training.utils.jsonl import LocatedRow
 from training.utils.preference_examples import ExampleError
-from training.utils.rendering import Renderer
+from training.utils.rendering import RenderedAnswers, Renderer
 from training.utils.row_forms import FormatTally
 from training.utils.row_outcomes import Rendering, RowOutcome
 
@@ -25,7 +27,13 @@ PLACE = [
     ("line", "<u4"),
     ("prompt_len", "<u4"),  # tokens
 ]
-RowArray = np.ndarray[tuple[int], np.dtype[np.void]]
+# What the data check knows rows by (`data_findings`), for kinds that it looks at.
+CHECKED = [
+    ("content", "<u8"),  # hash of the tokens behind the prompt, of all answers in their order
+    ("tokens", "<u4"),  # of all whole sequences
+    ("saved", "<u4"),  # of these, how many others begin with too: they need not be computed
+    ("signs", "<u4"),  # `row_signs.Sign`
+]
 
 
 class RenderedRow(Protocol[T_co]):
@@ -44,6 +52,10 @@ class RenderedRow(Protocol[T_co]):
 
     def outcome(self, rules: Rendering) -> RowOutcome:
         """What becomes of it if it is longer than the rules allow, and they shorten."""
+
+    @property
+    def answers(self) -> RenderedAnswers:
+        """Its sequences, to be shown; of one sequence nothing stands apart as a prompt."""
 
 
 class RowKind(Protocol[T_co]):
@@ -70,6 +82,26 @@ class RowKind(Protocol[T_co]):
 
     def made(self, records: RowArray) -> str:
         """What rows make, in words: `551 pairs`."""
+
+    def in_characters(self, row: LocatedRow) -> RecordedRow:
+        """The row read, and not rendered: its record, of characters in place of tokens. Raises ExampleError."""
+
+    def parts(self, records: RowArray, longest: int | None) -> dict[str, IntArray]:
+        """How long the prompts of rows are, and what follows them, by name; cut at the longest sequence."""
+
+    def computed(self, records: RowArray, longest: int | None) -> IntArray:
+        """How many tokens of each row are computed: beginnings that are shared count once."""
+
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+        """What is wrong, or may be wrong, with rows that are used together."""
+
+
+@dataclass(frozen=True)
+class RecordedRow:
+    """What is kept of a row."""
+
+    form: str
+    record: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -105,5 +137,19 @@ def check_rows(rows: Sequence[LocatedRow], renderer: Renderer, kind: RowKind[Any
 
 def prompt_key(tokens: Sequence[int]) -> int:
     """64 bits of a prompt."""
-    content = np.asarray(tokens, dtype="<i8").tobytes()
+    return _key_of(np.asarray(tokens, dtype="<i8").tobytes())
+
+
+def tokens_key(sequences: Sequence[Sequence[int]]) -> int:
+    """64 bits that stand for what some sequences say, and their order."""
+    parts = (np.asarray(tokens, dtype="<i8") for tokens in sequences)
+    return _key_of(b"".join(len(part).to_bytes(8, "little") + part.tobytes() for part in parts))
+
+
+def json_key(content: object) -> int:
+    """The same for a text, messages, or whatever else is JSON."""
+    return _key_of(json.dumps(content, sort_keys=True).encode())
+
+
+def _key_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

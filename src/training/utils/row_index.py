@@ -33,9 +33,10 @@ import numpy as np
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sealed import FolderInUse, sync
 from firesteel.store import home
+from training.utils.data_findings import RowArray
 from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
 from training.utils.rendering import Renderer
-from training.utils.row_check import CheckedRows, RefusedRow, RowArray, RowKind, check_rows
+from training.utils.row_check import CheckedRows, RefusedRow, RowKind, check_rows
 from training.utils.row_forms import ERRORS_SHOWN, FormatTally, refuse_nothing_left, refuse_rows
 from training.utils.row_outcomes import OnBadRow
 from training.utils.row_workers import RowWorkers

@@ -18,9 +18,10 @@ import numpy as np
 
 from firesteel.sdk.errors import DataError
 from firesteel.sdk.types import BoolArray, IntArray
+from training.utils.data_findings import RowArray
 from training.utils.jsonl import LocatedRow, RowsFile
 from training.utils.rendering import Renderer
-from training.utils.row_check import RenderedRow, RowArray
+from training.utils.row_check import RenderedRow
 from training.utils.row_index import RowIndex
 from training.utils.row_outcomes import Outcome, Rendering, RowCounts, RowOutcome, refuse_most
 

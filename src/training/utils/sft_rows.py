@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from firesteel.sdk.types import Datum, IntArray
+from training.utils.data_findings import DataFinding, RowArray, findings_of
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import datum_of
-from training.utils.preference_examples import ExampleError
-from training.utils.rendering import RenderedSide, Renderer
-from training.utils.row_check import PLACE, RowArray, prompt_key
+from training.utils.preference_examples import ExampleError, Messages
+from training.utils.rendering import RenderedAnswers, RenderedSide, Renderer
+from training.utils.row_check import CHECKED, PLACE, RecordedRow, json_key, prompt_key, tokens_key
 from training.utils.row_outcomes import Rendering, RowOutcome
+from training.utils.row_signs import RenderedTurns, Sign, said, signs_of
 from training.utils.sft_data import FORMATS, read_sft_row
+from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
+from training.utils.tokenizer import Tokens
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,20 @@ class RenderedSequence:
     line: int
     weight: float
     rendered: RenderedSide
+    signs: Sign
 
     @property
     def record(self) -> tuple[int, ...]:
         """See `SftRows.record_type`."""
         tokens, mask = self.rendered.tokens, self.rendered.mask
         start = int(np.flatnonzero(mask)[0])
-        return (self.offset, prompt_key(tokens[:start]), self.line, start, len(tokens), int(mask.sum()))
+        place = (self.offset, prompt_key(tokens[:start]), self.line, start)
+        return (*place, tokens_key([tokens[start:]]), len(tokens), 0, int(self.signs), int(mask.sum()))
+
+    @property
+    def answers(self) -> RenderedAnswers:
+        """See `row_check.RenderedRow`."""
+        return RenderedAnswers(0, {"the example": self.rendered}, preferences=())
 
     def items(self, rules: Rendering) -> list[LearnedSequence]:
         """The one sequence."""
@@ -64,11 +75,11 @@ class SftRows:
     record_type: np.dtype[np.void] = np.dtype(
         [
             *PLACE,
-            ("tokens", "<u4"),
-            ("learned", "<u4"),
-        ]  # of the whole sequence; those of them that are learned
+            *CHECKED,
+            ("learned", "<u4"),  # tokens that are
+        ]
     )
-    code: Sequence[str] = ("plain_texts", "sft_data", "sft_examples", "pairs", "sft_rows")
+    code: Sequence[str] = ("plain_texts", "sft_data", "sft_examples", "pairs", "row_signs", "sft_rows")
 
     def render(self, row: LocatedRow, renderer: Renderer) -> RenderedSequence:
         """See `row_check.RowKind`."""
@@ -76,7 +87,32 @@ class SftRows:
         rendered = renderer.render_learned(example)
         if not rendered.mask[1:].any():
             raise ExampleError("row", "no token behind the first is learned: there is nothing to train on")
-        return RenderedSequence(form, row.offset, row.line, example.weight, rendered)
+        signs = _signs(example, rendered.tokens, renderer)
+        return RenderedSequence(form, row.offset, row.line, example.weight, rendered, signs)
+
+    def in_characters(self, row: LocatedRow) -> RecordedRow:
+        """See `row_check.RowKind`."""
+        form, example = read_sft_row(row.raw, row.line)
+        asked, learned = _asked_and_learned(example)
+        tools = example.tools if isinstance(example, TurnsExample) else None
+        start, length = len(said(asked)), len(said(learned))
+        place = (row.offset, json_key([asked, tools]), row.line, start)
+        return RecordedRow(form, (*place, json_key(learned), start + length, 0, 0, length))
+
+    def parts(self, records: RowArray, longest: int | None) -> dict[str, IntArray]:
+        """See `row_check.RowKind`."""
+        whole = np.minimum(records["tokens"].astype(np.int64), longest or np.iinfo(np.int64).max)
+        prompt = np.minimum(records["prompt_len"].astype(np.int64), whole)
+        return {"prompt": prompt, "rest": whole - prompt, "learned": records["learned"].astype(np.int64)}
+
+    def computed(self, records: RowArray, longest: int | None) -> IntArray:
+        """See `row_check.RowKind`."""
+        whole: IntArray = np.minimum(records["tokens"].astype(np.int64), longest or np.iinfo(np.int64).max)
+        return whole
+
+    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+        """See `row_check.RowKind`."""
+        return findings_of(records)
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""
@@ -91,6 +127,24 @@ class SftRows:
         """See `row_check.RowKind`."""
         tokens, learned = int(records["tokens"].sum()), int(records["learned"].sum())
         return f"{len(records):,} examples, {learned:,} of {tokens:,} tokens learned"
+
+
+def _signs(example: SftExample, tokens: Tokens, renderer: Renderer) -> Sign:
+    asked, learned = _asked_and_learned(example)
+    parts = [RenderedTurns(() if isinstance(part, str) else part, tokens) for part in (asked, learned)]
+    return signs_of([tokens], parts[0], parts[1:], renderer)
+
+
+def _asked_and_learned(example: SftExample) -> tuple[Messages | str, Messages | str]:
+    """What stands before the first token that is learned, and all from there on."""
+    match example:
+        case TurnsExample():
+            first = example.learned.index(True)
+            return example.messages[:first], example.messages[first:]
+        case CompletionExample():
+            return example.prompt, example.completion
+        case DocumentExample():
+            return "", example.text
 
 
 def _length(tokens: int) -> dict[str, int]:

@@ -107,8 +107,8 @@ def shown_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
     return json.dumps(str(tokenizer.decode(list(tokens))), ensure_ascii=False)
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens that are the same at the start of both."""
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Number of tokens (or characters) that are the same at the start of both."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 

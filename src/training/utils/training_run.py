@@ -26,6 +26,7 @@ from firesteel.sdk import (
 from training.utils.accuracy import sources_left_out
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
+from training.utils.data_findings import leakage
 from training.utils.displacement import DisplacementWatch
 from training.utils.environment import Environment
 from training.utils.evaluation import Answers, Split, split_by_prompt
@@ -49,7 +50,7 @@ from training.utils.resume import (
 )
 from training.utils.row_index import RowIndex, index_rows
 from training.utils.row_outcomes import Rendering, write_row_outcomes
-from training.utils.row_sets import RowSet, select_rows
+from training.utils.row_sets import RowSet, SelectedRows, select_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
@@ -131,8 +132,8 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
             return summary_of_finished(start, display, config)
         for rows in selections:
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
-        if split.overlap:
-            display.say(f"eval_dataset: {split.overlap} of its rows have a prompt that is trained on")
+        for line in doubts(selections, split):
+            display.say(line)
         run = Run(config, split, renderer, folder, display, identity, start)
         stop = stack.enter_context(stopping_on_signals())
         trainers = stack.enter_context(closing(load(run, service)))
@@ -160,6 +161,17 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
             position=Position.of_a_start({}, {}),
         )
         return train(run, trainers, loop, service)
+
+
+def doubts(selections: Sequence[SelectedRows[Any]], split: Split[Any]) -> Iterator[str]:
+    """What the data check warns of, of files that can be used."""
+    for selected in selections:
+        for finding in selected.rows.source.index.kind.findings(selected.rows.records):
+            if finding.level == "warning":
+                yield f"warning: {selected.path}: {finding}"
+    if len(selections) > 1:
+        for finding in leakage(split.heldout.records, split.train.records):
+            yield f"warning: eval_dataset: {finding}"
 
 
 def data_identity(

@@ -1,0 +1,303 @@
+"""`firesteel data …`: what is wrong with a data file, how it looks to the model, and the same in another form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from firesteel.cli.recipes import read_settings
+from firesteel.sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.utils.data_check import Check, FileReport
+    from training.utils.data_preview import Preview
+    from training.utils.row_check import RowKind
+    from training.utils.training_settings import TrainingSettings
+
+app = typer.Typer(
+    help="Check, convert and preview training data.", no_args_is_help=True, rich_markup_mode=None
+)
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_Model = Annotated[
+    str | None, typer.Option("--model", help="Count and check in the tokens of this model.", metavar="NAME")
+]
+_Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="The same, of a tokenizer from elsewhere.", metavar="NAME")
+]
+_Longest = Annotated[
+    int | None,
+    typer.Option("--max-seq-len", min=2, help="Longest row in tokens; default: no limit.", metavar="N"),
+]
+_Truncate = Annotated[
+    Literal["drop", "response_end"] | None,
+    typer.Option(help="What a run does with longer rows. [default drop]", show_default=False),
+]
+_OnBadRow = Annotated[
+    Literal["fail", "skip"] | None,
+    typer.Option(
+        help="With skip, rows that cannot be used are a warning only. [default fail]", show_default=False
+    ),
+]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --estimate: one setting.")
+]
+
+
+@app.command()
+def check(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE…", help="JSONL files, gzipped or not.")
+    ] = None,
+    model: _Model = None,
+    tokenizer: _Tokenizer = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="File of held-out rows: checked too, and compared.")
+    ] = None,
+    max_seq_len: _Longest = None,
+    truncate: _Truncate = None,
+    on_bad_row: _OnBadRow = None,
+    estimate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings of a run: check as it would, then make its first steps and say what it will take.",
+            metavar="CONFIG.yaml",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Literal["dpo", "orpo", "sft"], typer.Option(help="With --estimate: whose settings.")
+    ] = "dpo",
+    set_: _Set = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    list_all: Annotated[bool, typer.Option("--all", help="List every row that is lost.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Say what a run would refuse, drop or cut, and what looks wrong. Exit code 2: something must be mended."""
+    flags = _Flags(tokenizer or model, max_seq_len, truncate, on_bad_row)
+    if set_ and not estimate:
+        raise ConfigError("--set is a setting of the run that --estimate names; give that too")
+    config = _settings(estimate, recipe, set_ or [], files or [], heldout) if estimate else None
+    if config is not None:
+        flags = _of_run(config, flags)
+        files, heldout = [Path(config.dataset)], Path(config.eval_dataset) if config.eval_dataset else None
+    if not files:
+        raise ConfigError("no FILE is given, and no settings (--estimate) that name one")
+    from training.utils.data_check import kind_of
+
+    kind = config.learner.rows if config is not None else kind_of(files)
+    reports = _check(flags, kind, list_all=list_all, on_stderr=as_json).files(
+        [str(path) for path in files], str(heldout) if heldout else None
+    )
+    bad = any(
+        report.of_level(level) for report in reports for level in (_COUNTED if strict else _COUNTED[:1])
+    )
+    if not as_json:
+        _print_reports(reports, flags)
+    cost = None
+    if config is not None and not bad:
+        from training.utils.data_estimate import estimate as estimate_run
+        from training.utils.progress import Display
+
+        cost = estimate_run(config, Display(on_stderr=True))
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "usable": not bad,
+                    "model": flags.name,
+                    "max_seq_len": flags.max_seq_len,
+                    "files": [_plain(asdict(report)) for report in reports],
+                    "estimate": cost and asdict(cost),
+                },
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
+    elif cost is not None:
+        for line in cost.lines():
+            typer.echo(line)
+    raise typer.Exit(2 if bad else 0)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file, gzipped or not.")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="messages, preferred_output, samples, …")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, gzipped if it ends in .gz; default: standard output.")
+    ] = None,
+    on_bad_row: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(
+            help="A row that cannot be converted ends it with nothing written, or is left out and told."
+        ),
+    ] = "fail",
+) -> None:
+    """Write the rows of a file in another form. What would lose or add something is refused with its line."""
+    from training.utils.data_forms import convert_file
+
+    converted = convert_file(str(file), to, out, on_bad_row, lambda line: typer.echo(line))
+    for error in converted.refused:
+        typer.echo(f"left out: {error}", err=True)
+    more = converted.refused_count - len(converted.refused)
+    typer.echo(f"and {more:,} more\n" if more else "", err=True, nl=False)
+    typer.echo(f"{converted.rows:,} rows converted, {converted.refused_count:,} left out", err=True)
+
+
+@app.command()
+def preview(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file, gzipped or not.")],
+    model: _Model = None,
+    tokenizer: _Tokenizer = None,
+    rows: Annotated[int, typer.Option(min=1, help="So many rows that make pairs.")] = 3,
+    max_seq_len: _Longest = None,
+    truncate: _Truncate = None,
+    as_json: _Json = False,
+) -> None:
+    """Show rows as the model will see them: every token decoded, and which of them are scored."""
+    from training.utils.data_check import kind_of
+    from training.utils.data_preview import previews
+    from training.utils.rendering import Renderer
+    from training.utils.row_outcomes import Rendering
+
+    if not (name := tokenizer or model):
+        raise ConfigError("a preview needs a model's tokenizer and template: give --model")
+    rules = Rendering(max_seq_len, truncate or "drop")
+    found = previews(str(file), Renderer.load(name), kind_of([file]), rules, rows)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in found], indent=1, ensure_ascii=False))
+        return
+    _print_previews(found)
+
+
+_COUNTED: tuple[Literal["error", "warning"], ...] = ("error", "warning")
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """How rows are read."""
+
+    name: str | None
+    """Of the tokenizer."""
+    max_seq_len: int | None
+    truncate: Literal["drop", "response_end"] | None
+    on_bad_row: Literal["fail", "skip"] | None
+
+
+def _of_run(config: TrainingSettings, given: _Flags) -> _Flags:
+    """As this run would read them."""
+    from training.utils.data_estimate import longest_row
+
+    if any((given.name, given.max_seq_len, given.truncate, given.on_bad_row)):
+        raise ConfigError(
+            "with --estimate, model and limits are the run's own: use --set, as --set max_seq_len=512"
+        )
+    name = config.tokenizer_model or config.base_model
+    return _Flags(name, longest_row(config), config.truncate, config.on_bad_row)
+
+
+def _settings(
+    file: Path,
+    recipe: Literal["dpo", "orpo", "sft"],
+    assignments: list[str],
+    files: list[Path],
+    heldout: Path | None,
+) -> TrainingSettings:
+    """Of the run to estimate; a FILE on the command line takes the place of its own."""
+    from training.recipes import dpo_loop, orpo_loop, sft_loop
+
+    values = read_settings(file, assignments)
+    if len(files) > 1:
+        raise ConfigError("--estimate is of a run, which has one FILE")
+    values |= {"dataset": str(files[0])} if files else {}
+    values |= {"eval_dataset": str(heldout)} if heldout else {}
+    values.setdefault("log_path", "runs/estimated")  # nothing is written there
+    recipes: dict[str, type[TrainingSettings]] = {
+        "dpo": dpo_loop.Config,
+        "orpo": orpo_loop.Config,
+        "sft": sft_loop.Config,
+    }
+    return recipes[recipe](**values)
+
+
+def _check(flags: _Flags, kind: RowKind[Any], *, list_all: bool, on_stderr: bool) -> Check:
+    from training.utils.data_check import Check
+    from training.utils.progress import Display
+    from training.utils.rendering import Renderer
+    from training.utils.row_outcomes import Rendering
+
+    if flags.name is None and flags.max_seq_len is not None:
+        raise ConfigError("--max-seq-len counts tokens, and those are a model's: give --model too")
+    rules = Rendering(flags.max_seq_len, flags.truncate or "drop", flags.on_bad_row or "fail")
+    renderer = Renderer.load(flags.name) if flags.name else None
+    return Check(renderer, kind, rules, list_all, Display(on_stderr=on_stderr).reading)
+
+
+def _print_reports(reports: list[FileReport], flags: _Flags) -> None:
+    from training.utils.data_check_text import report_lines
+    from training.utils.progress import Display
+
+    display = Display()
+    for report in reports:
+        for line in report_lines(report):
+            display.say(line)
+    if flags.name is None:
+        display.say(
+            "Without --model only what needs no tokens was checked: not the chat template, not lengths in tokens."
+        )
+    errors, warnings = (sum(len(report.of_level(level)) for report in reports) for level in _COUNTED)
+    display.say(f"errors: {errors}, warnings: {warnings}")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: a number that is none is null."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SCORED = {"chosen": "bold green", "answer 1": "bold green", "rejected": "bold red"}
+_OPEN, _CLOSE = "⟦", "⟧"
+
+
+def _print_previews(found: Iterable[Preview]) -> None:
+    """With colours on a terminal that has them; elsewhere scored tokens stand in brackets."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    how = "scored tokens are bold and coloured" if coloured else f"scored tokens stand in {_OPEN}{_CLOSE}"
+    console.print(f"{how}; ↵ is a line break", markup=False)
+    for row in found:
+        console.print(f"\n{row.path}:{row.line}: {row.problem or row.form}", markup=False)
+        for part in row.parts:
+            tokens, scored = (
+                sum(piece.tokens for piece in part.pieces if piece.scored or not only)
+                for only in (False, True)
+            )
+            text = Text(f"  {part.name}, {tokens:,} tokens, {scored:,} scored: ")
+            for piece in part.pieces:
+                shown = _visible(piece.text)
+                if coloured or not piece.scored:
+                    text.append(shown, _SCORED.get(part.name, "bold yellow") if piece.scored else "dim")
+                else:
+                    text.append(f"{_OPEN}{shown}{_CLOSE}")
+            if part.cut:
+                text.append(f"  ✂ cut here: {part.cut:,} tokens do not fit")
+            console.print(text)
+
+
+def _visible(text: str) -> str:
+    """Line breaks marked, and whatever else is no letter as its code: a terminal obeys some of those."""
+    return "".join(
+        "↵\n" if letter == "\n" else letter if letter.isprintable() else f"\\u{ord(letter):04x}"
+        for letter in text
+    )

@@ -1,0 +1,268 @@
+"""The data check: what a run on these files would refuse, drop, cut or stumble over, before any model is loaded.
+
+Rows are read and rendered by what runs use (`row_index`, `row_sets`), and findings are those that a run says
+(`data_findings`), so that the two cannot disagree. Without a tokenizer rows are read only, and counted in characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from firesteel.sdk.errors import DataError
+from training.utils.data_figures import Lengths, Share
+from training.utils.data_findings import (
+    LINES_SHOWN,
+    DataFinding,
+    Level,
+    RowArray,
+    leakage,
+    lines_told,
+    longer_is_chosen,
+)
+from training.utils.jsonl import located_rows, parse_row
+from training.utils.preference_data import OF_SFT
+from training.utils.preference_examples import ExampleError
+from training.utils.preference_rows import PREFERENCES
+from training.utils.rendering import Renderer
+from training.utils.row_check import RowKind
+from training.utils.row_forms import FormatTally, refuse_nothing_left
+from training.utils.row_index import Progress, index_rows
+from training.utils.row_outcomes import Outcome, Rendering, RowCounts, RowOutcome
+from training.utils.row_sets import select_rows
+from training.utils.sft_data import OF_PREFERENCES
+from training.utils.sft_rows import SFT
+
+Unit = Literal["tokens", "characters"]
+LISTED = 10
+REASONS_TOLD = 50
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Rows that are lost, or shortened, for one reason: its numbers and quotations left out."""
+
+    outcome: Outcome
+    reason: str
+    rows: int
+    lines: tuple[int, ...]
+    """Of the first few."""
+
+    def __str__(self) -> str:
+        return f"{self.rows:,} {self.outcome}: {self.reason}{lines_told(self.lines, self.rows)}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the usable rows of a file look like."""
+
+    unit: Unit
+    lengths: dict[str, Lengths]
+    """See `RowKind.parts`."""
+    prompts: int
+    """Different ones."""
+    saved_by_sharing: float
+    """Share of the tokens that need not be computed, since several answers of a row begin with them."""
+    longer_is_chosen: Share | None
+    """None where nothing is chosen."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What the check says of one file."""
+
+    path: str
+    summary: str
+    form: str = ""
+    rows: int = 0
+    usable: int = 0
+    figures: Figures | None = None
+    """None where no pair is left."""
+    findings: tuple[DataFinding, ...] = ()
+    losses: tuple[Loss, ...] = ()
+    listed: tuple[RowOutcome, ...] = ()
+    """Rows that are refused, dropped or shortened: the first few, or all if that was asked for."""
+    lost: int = 0
+    """How many there are in all."""
+
+    def of_level(self, level: Level) -> list[DataFinding]:
+        """Its findings of one level."""
+        return [finding for finding in self.findings if finding.level == level]
+
+
+def kind_of(paths: Sequence[str | Path]) -> RowKind[Any]:
+    """What the first row that is JSON looks like: supervised, or else a preference."""
+    with suppress(DataError):  # what is wrong with a file is told when it is checked
+        for row in located_rows(str(paths[0])):
+            with suppress(ExampleError):
+                keys = parse_row(row.raw).keys()
+                supervised = keys & (OF_SFT | {"text", "instruction"}) and not keys & OF_PREFERENCES
+                return SFT if supervised else PREFERENCES
+    return PREFERENCES
+
+
+@dataclass(frozen=True)
+class Check:
+    """How files are checked: as a run with these rules would read them."""
+
+    renderer: Renderer | None
+    """None: rows are read, and not rendered."""
+    kind: RowKind[Any] = PREFERENCES
+    rules: Rendering = field(default_factory=Rendering)
+    list_all: bool = False
+    reading: Callable[[str], Progress] = lambda path: lambda rows, offset: None
+
+    def files(self, paths: Sequence[str], heldout: str | None = None) -> list[FileReport]:
+        """A report for each file, that of the held-out one last."""
+        checked = [self._file(path) for path in paths]
+        reports = [report for report, _ in checked]
+        if heldout is None:
+            return reports
+        report, rows = self._file(heldout)
+        leaked = leakage(rows, np.concatenate([rows for _, rows in checked]))
+        return [*reports, _with_findings(report, leaked)]
+
+    def _file(self, path: str) -> tuple[FileReport, RowArray]:
+        try:
+            return self._in_characters(path) if self.renderer is None else self._in_tokens(path)
+        except DataError as error:
+            unusable = DataFinding("error", error.code, str(error))
+            return FileReport(path, f"{path}: cannot be used", findings=(unusable,)), np.empty(
+                0, self.kind.record_type
+            )
+
+    def _in_tokens(self, path: str) -> tuple[FileReport, RowArray]:
+        assert self.renderer is not None
+        index = index_rows(path, self.renderer, self.kind, "skip", self.reading(path))
+        with closing(select_rows(index, self.renderer, self.rules)) as selected:
+            rows = selected.rows.records
+            listing = _Listing(None if self.list_all else LISTED)
+            listing.add(selected.outcomes())
+            report = self._report(path, index.format, rows, listing, selected.summary)
+        return report, rows
+
+    def _in_characters(self, path: str) -> tuple[FileReport, RowArray]:
+        formats, listing, parts = (
+            FormatTally(),
+            _Listing(None if self.list_all else LISTED),
+            [np.empty(0, self.kind.record_type)],
+        )
+        kept: list[tuple[int, ...]] = []
+        for row in located_rows(path):
+            try:
+                recorded = self.kind.in_characters(row)
+            except ExampleError as error:
+                listing.add([RowOutcome(row.line, "refused", str(error))])
+                continue
+            formats.add(recorded.form, row.line)
+            kept.append(recorded.record)
+            if len(kept) == _CHUNK:
+                parts.append(np.array(kept, dtype=self.kind.record_type))
+                kept = []
+        rows = np.concatenate([*parts, np.array(kept, dtype=self.kind.record_type)])
+        if not len(rows):
+            first = [ExampleError(*row.reason.split(": ", 1)).at(path, row.line) for row in listing.listed]
+            refuse_nothing_left(path, first, listing.rows, self.kind.shapes)
+        form = formats.only(path)
+        counts = RowCounts(len(rows) + listing.rows, {"refused": listing.rows}, 0)
+        summary = counts.summary(path, form, self.kind.made(rows).replace("tokens", "characters"))
+        return self._report(path, form, rows, listing, summary), rows
+
+    def _report(self, path: str, form: str, rows: RowArray, listing: _Listing, summary: str) -> FileReport:
+        lost = listing.findings("error" if self.rules.on_bad_row == "fail" else "warning")
+        return FileReport(
+            path=path,
+            summary=summary,
+            form=form,
+            rows=len(rows) + listing.rows - listing.count("shortened"),
+            usable=len(rows),
+            figures=self._figures(rows),
+            findings=(*lost, *self.kind.findings(rows)),
+            losses=tuple(listing.losses),
+            listed=tuple(listing.listed),
+            lost=listing.rows,
+        )
+
+    def _figures(self, rows: RowArray) -> Figures:
+        longest = self.rules.max_seq_len
+        parts = self.kind.parts(rows, longest)
+        computed = self.kind.computed(rows, longest).sum()
+        tokens = computed + rows["saved"].sum()
+        return Figures(
+            unit="tokens" if self.renderer else "characters",
+            lengths={name: Lengths.of(lengths) for name, lengths in parts.items()},
+            prompts=len(np.unique(rows["prompt"])),
+            saved_by_sharing=float(1 - computed / tokens),
+            longer_is_chosen=longer_is_chosen(rows) if self.kind is PREFERENCES else None,
+        )
+
+
+class _Listing:
+    """Rows that are refused, dropped or shortened: some of them, and all of them counted by reason."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._lines: dict[tuple[Outcome, str], list[int]] = {}
+        self._counts: dict[tuple[Outcome, str], int] = {}
+        self.listed: list[RowOutcome] = []
+
+    def add(self, outcomes: Iterable[RowOutcome]) -> None:
+        for row in outcomes:
+            if self._limit is None or len(self.listed) < self._limit:
+                self.listed.append(row)
+            key = row.outcome, _kind_of(row.reason)
+            if key not in self._counts and len(self._counts) >= REASONS_TOLD:
+                key = row.outcome, "other reasons"
+            self._counts[key] = self._counts.get(key, 0) + 1
+            lines = self._lines.setdefault(key, [])
+            if len(lines) < LINES_SHOWN:
+                lines.append(row.line)
+
+    @property
+    def rows(self) -> int:
+        return sum(self._counts.values())
+
+    def count(self, outcome: Outcome) -> int:
+        return sum(count for (kind, _), count in self._counts.items() if kind == outcome)
+
+    @property
+    def losses(self) -> list[Loss]:
+        found = [Loss(*key, count, tuple(self._lines[key])) for key, count in self._counts.items()]
+        return sorted(found, key=lambda loss: -loss.rows)
+
+    def findings(self, refused: Level) -> list[DataFinding]:
+        told: list[tuple[Outcome, Level, str]] = [
+            ("refused", refused, "cannot be used"),
+            ("dropped", "warning", "too long, and dropped"),
+            ("shortened", "warning", "too long, and lose the end of their responses"),
+        ]
+        found = []
+        for outcome, level, what in told:
+            if count := self.count(outcome):
+                verb = "" if outcome == "refused" else "is " if count == 1 else "are "
+                rows = "row" if count == 1 else "rows"
+                lines = sorted(
+                    line for (kind, _), some in self._lines.items() if kind == outcome for line in some
+                )
+                found.append(
+                    DataFinding(
+                        level, outcome, f"{count:,} {rows} {verb}{what}", count, tuple(lines[:LINES_SHOWN])
+                    )
+                )
+        return found
+
+
+def _kind_of(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    return re.sub(r'"[^"]*"', '"…"', re.sub(r"\d[\d,]*", "…", reason))
+
+
+def _with_findings(report: FileReport, more: Iterable[DataFinding]) -> FileReport:
+    return replace(report, findings=(*report.findings, *more))

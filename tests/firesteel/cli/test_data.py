@@ -1,0 +1,190 @@
+"""`firesteel data check|convert|preview`, as they are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import config, write_rows
+from typer.testing import CliRunner, Result
+
+from firesteel.cli.main import app
+from firesteel.sdk import ConfigError, DataError
+from training.recipes import dpo_loop, sft_loop
+
+
+def firesteel(*arguments: object, **environment: str) -> Result:
+    """What it does; its errors are raised."""
+    told = [str(argument) for argument in arguments]
+    return CliRunner().invoke(app, ["data", *told], catch_exceptions=False, env=environment)
+
+
+# check
+
+
+def test_a_good_file_is_said_to_be_good(tmp_path: Path) -> None:
+    result = firesteel("check", write_rows(tmp_path / "pairs.jsonl", 8), "--model", "tiny-llama")
+    assert result.exit_code == 0
+    assert "8 rows of the form prompt-messages: 8 pairs" in result.stdout
+    assert result.stdout.rstrip().endswith("errors: 0, warnings: 0")
+
+
+def test_without_a_model_it_says_what_was_not_checked(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 8)
+    assert "Without --model only what needs no tokens was checked" in firesteel("check", path).stdout
+    with pytest.raises(ConfigError, match=r"--max-seq-len counts tokens.*give --model"):
+        firesteel("check", path, "--max-seq-len", 100)
+
+
+def test_warnings_are_errors_if_that_is_asked_for(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "pairs.jsonl", 8))
+    path.write_text(path.read_text() * 2)
+    assert firesteel("check", path).exit_code == 0
+    assert firesteel("check", path, "--strict").exit_code == 2
+
+
+def test_several_files_are_checked_and_one_held_out(tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", 4, start) for name, start in (("a", 0), ("b", 4))]
+    heldout = write_rows(tmp_path / "heldout.jsonl", 4, 6)
+    report = json.loads(firesteel("check", *files, "--heldout", heldout, "--json").stdout)
+    assert [Path(file["path"]).name for file in report["files"]] == ["a.jsonl", "b.jsonl", "heldout.jsonl"]
+    assert [finding["lines"] for finding in report["files"][2]["findings"]] == [[1, 2], [1, 2]]
+
+
+def test_a_check_needs_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no FILE is given"):
+        firesteel("check")
+
+
+# estimate
+
+
+def settings(tmp_path: Path, **values: Any) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"base_model": "tiny-llama", "log_path": str(tmp_path / "run"), **values}))
+    return path
+
+
+def test_an_estimate_knows_the_steps_tokens_and_disk_of_the_run(tmp_path: Path) -> None:
+    """Of times only that they are there: they are compared with real runs by whoever has a machine alone."""
+    run = config(tmp_path, 12, batch_size=3, epochs=2, eval_fraction=0.2, dcp_save_interval=2, keep_last=2)
+    values = run.model_dump(mode="json", exclude_unset=True)
+    report = json.loads(firesteel("check", "--estimate", settings(tmp_path, **values), "--json").stdout)
+    estimate = report["estimate"]
+    dpo_loop.main(run)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/computed_tokens" in line]
+    assert estimate["steps_per_epoch"] * estimate["epochs"] == len(steps)
+    tokens = sum(line["train/computed_tokens"] for line in steps)
+    assert 0.9 < estimate["computed_tokens_per_epoch"] * 2 / tokens < 1.1
+    written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    told = estimate["disk_total_bytes"] - estimate["disk_caches_bytes"]
+    assert 0.75 < told / written < 1.25
+    positive = ("seconds_per_epoch", "seconds_reference", "seconds_evaluations", "seconds_loading")
+    assert all(estimate[name] > 0 for name in positive)
+    assert estimate["seconds_total"] > 2 * estimate["seconds_per_epoch"]
+
+
+def test_an_estimate_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
+    path = write_rows(tmp_path / "pairs.jsonl", 8)
+    result = firesteel("check", path, "--estimate", settings(tmp_path, lora_rank=2), "--set", "epochs=3")
+    assert result.exit_code == 0
+    assert "epochs: 3" in result.stdout
+    assert not (tmp_path / "run").exists()
+    left = {file.name for file in (tmp_path / "home").iterdir()}
+    assert "reference_cache.sqlite" not in left
+    assert not [name for name in left if name.startswith("estimate-")]
+
+
+def test_supervised_runs_are_estimated_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("check", path, "--recipe", "sft", "--estimate", settings(tmp_path), "--json")
+    estimate = json.loads(firesteel(*arguments).stdout)["estimate"]
+    assert (estimate["rows"], estimate["seconds_reference"]) == (10, 0)
+    assert sft_loop.Config.recipe == "sft"
+
+
+def test_what_a_run_would_refuse_is_not_estimated(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(Path(write_rows(tmp_path / "good.jsonl", 4)).read_text() + "{}\n")
+    result = firesteel("check", path, "--estimate", settings(tmp_path), "--json")
+    assert (result.exit_code, json.loads(result.stdout)["estimate"]) == (2, None)
+
+
+def test_a_run_has_its_own_limits(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 4)
+    with pytest.raises(ConfigError, match="model and limits are the run's own: use --set"):
+        firesteel("check", path, "--estimate", settings(tmp_path), "--max-seq-len", 99)
+    with pytest.raises(ConfigError, match="one FILE"):
+        firesteel("check", path, path, "--estimate", settings(tmp_path))
+
+
+# convert
+
+
+def test_rows_are_converted_to_standard_output_or_a_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 3)
+    printed = firesteel("convert", path, "--to", "samples")
+    firesteel("convert", path, "--to", "samples", "--out", tmp_path / "out.jsonl")
+    assert printed.stdout == (tmp_path / "out.jsonl").read_text()
+    assert "3 rows converted, 0 left out" in printed.stderr
+    assert [len(json.loads(line)["samples"]) for line in printed.stdout.splitlines()] == [2, 2, 2]
+
+
+# preview
+
+
+def test_a_preview_shows_prompt_and_sides_with_marks_where_there_is_no_colour(tmp_path: Path) -> None:
+    result = firesteel(
+        "preview", write_rows(tmp_path / "pairs.jsonl", 5), "--model", "tiny-llama", "--rows", 2
+    )
+    assert result.stdout.count("<|im_start|>user↵\nQuestion 0?<|im_end|>↵\n<|im_start|>assistant↵\n") == 1
+    assert "chosen, 6 tokens, 6 scored: ⟦yes 0<|im_end|>⟧" in result.stdout
+    assert "⟦nope 1<|im_end|>⟧" in result.stdout
+    assert "Question 2?" not in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_a_preview_has_colours_on_a_terminal_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 1)
+    arguments = ("preview", path, "--model", "tiny-llama")
+    coloured = firesteel(*arguments, FORCE_COLOR="1", TERM="xterm-256color").stdout
+    assert "\x1b[1;32myes 0<|im_end|>" in coloured
+    assert "⟦" not in coloured
+    plain = firesteel(*arguments, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1").stdout
+    assert "⟦yes 0<|im_end|>⟧" in plain
+
+
+def test_a_preview_marks_what_is_cut_and_names_what_is_dropped(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 1)
+    (row,) = json.loads(firesteel("preview", path, "--model", "tiny-llama", "--json").stdout)
+    prompt, _, rejected = (sum(piece["tokens"] for piece in part["pieces"]) for part in row["parts"])
+    tokens = prompt + rejected - 2
+    cut = firesteel(
+        "preview", path, "--model", "tiny-llama", "--max-seq-len", tokens, "--truncate", "response_end"
+    )
+    assert "⟦nope ⟧  ✂ cut here: 2 tokens do not fit" in cut.stdout
+    assert cut.stdout.count("✂") == 2
+    with pytest.raises(DataError, match="max_seq_len: dropped: chosen has"):
+        firesteel("preview", path, "--model", "tiny-llama", "--max-seq-len", tokens)
+
+
+def test_a_preview_lets_no_text_command_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a\x1b[2J", "chosen": "[red]b\x07", "rejected": "c"}) + "\n")
+    shown = firesteel("preview", path, "--model", "tiny-llama").stdout
+    assert "a\\u001b[2J" in shown
+    assert "[red]b\\u0007" in shown
+
+
+def test_a_preview_can_be_read_by_programs(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 2)
+    rows = json.loads(firesteel("preview", path, "--model", "tiny-llama", "--json").stdout)
+    assert [row["line"] for row in rows] == [1, 2]
+    assert [part["name"] for part in rows[0]["parts"]] == ["prompt", "chosen", "rejected"]
+    assert rows[0]["parts"][1]["pieces"] == [{"text": "yes 0<|im_end|>", "tokens": 6, "scored": True}]
