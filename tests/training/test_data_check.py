@@ -172,13 +172,8 @@ def test_rows_that_are_the_same_once_cut_are_told_so(tmp_path: Path) -> None:
         (CHATML, "yes <|start|> no", "special-tokens-in-text"),
         (LLAMA_3 + "{#two#}", "<s>", "special-tokens-in-text"),
         ("{{ bos_token }}" + LLAMA_3, "yes", "doubled-start"),
-        (
-            CHATML.replace("message.content", "message.content.split('</think>')[-1]"),
-            "<think>so</think>yes",
-            "reasoning-lost",
-        ),
     ],
-    ids=["special token", "beginning of sequence", "two beginnings", "reasoning"],
+    ids=["special token", "beginning of sequence", "two beginnings"],
 )
 def test_what_the_template_does_to_rows_is_told(
     tmp_path: Path, template: str, answer: str, name: str
@@ -198,7 +193,14 @@ def test_reasoning_of_earlier_turns_is_only_noted(tmp_path: Path) -> None:
     row = {**pair("", "<think>so</think>b", "<think>no</think>c"), "prompt": turns}
     findings = found(check(write(tmp_path, [row]), Renderer(byte_tokenizer(QWEN_3))))
     assert findings["earlier-reasoning-left-out"].level == "note"
-    assert "reasoning-lost" not in findings
+
+
+def test_reasoning_of_an_answer_that_the_template_leaves_out_is_an_error(tmp_path: Path) -> None:
+    template = CHATML.replace("message.content", "message.content.split('</think>')[-1]")
+    rows = [pair("q", "<think>so</think>yes", "no"), pair("r", "yes", "no")]
+    report = check(write(tmp_path, rows), Renderer(byte_tokenizer(template)))
+    assert found(report)["refused"].level == "error"
+    assert "leaves out the start of turn 1" in report.listed[0].reason
 
 
 def test_supervised_rows_are_known_as_such(tmp_path: Path, renderer: Renderer | None) -> None:

@@ -518,7 +518,7 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
         "one sample",
         {"samples": [{"text": "a", "score": 1}]},
         "samples",
-        "a list of 1; expected 2 to 256 answers",
+        "a list of 1; expected 2 to 64 answers",
     ),
     (
         "a ranked list of whole texts",

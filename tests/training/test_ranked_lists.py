@@ -14,13 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import config, numbers, outcome, write_lists
 
-from firesteel.sdk import Datum, ModelInput, RowError, TensorData
+from firesteel.sdk import DataError, Datum, ModelInput, RowError, TensorData
 from training.recipes import orpo_loop
 from training.recipes.dpo_loop import main
-from training.utils.losses import DpoObjective, PairLogprobs, make_pair_loss
-from training.utils.pairs import DistinctDatums, PreferencePair, RankedPlace
+from training.utils.losses import DpoObjective, PairLogprobs, PairScores, make_pair_loss, score_pairs
+from training.utils.pairs import DistinctDatums, PreferencePair, RankedPlace, pairs_of, render_usable
 from training.utils.preference_data import read_preferences, read_row
 from training.utils.preference_examples import RankedExample
+from training.utils.preference_rows import PREFERENCES
+from training.utils.reference_pass import NoReferences
+from training.utils.rendering import Renderer
+from training.utils.row_index import index_rows
+from training.utils.row_outcomes import Rendering
+from training.utils.row_sets import select_rows
 
 PROMPT = [{"role": "user", "content": "2+2?"}]
 TEXTS = ["4", "four", "5"]  # best first
@@ -52,6 +58,10 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "scores beside": {"prompt": PROMPT, "completions": TEXTS[::-1], "scores": [1, 2, 3]},
     "ranks beside": {"prompt": PROMPT, "completions": [said(t) for t in TEXTS], "ranks": [1, 2, 3]},
+    "messages with ranks": {
+        "prompt": PROMPT,
+        "completions": [{**said(t)[0], "rank": r} for r, t in enumerate(TEXTS)],
+    },
     "samples": {
         "samples": [{"messages": PROMPT + said(t), "score": s} for t, s in zip(TEXTS, (3, 2, 1), strict=True)]
     },
@@ -153,10 +163,43 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
         "expected 'assistant'",
     ),
     (
+        "an answer that is messages and text",
+        {
+            "prompt": PROMPT,
+            "completions": [{"text": "b", "messages": said("c"), "rank": 1}, {"text": "d", "rank": 2}],
+        },
+        "completions[0]",
+        "both messages and text; keep one",
+    ),
+    (
+        "tools of one answer",
+        {
+            "prompt": PROMPT,
+            "completions": [{"text": "b", "tools": [{}], "rank": 1}, {"text": "d", "rank": 2}],
+        },
+        "completions[0].tools",
+        "put them beside the prompt",
+    ),
+    (
+        "a system beside",
+        {"prompt": PROMPT, "completions": ["b", "c"], "ranks": [1, 2], "system": "Be short."},
+        "system",
+        "no turn of the conversations",
+    ),
+    (
+        "a question beside samples",
+        {
+            "samples": [{"messages": PROMPT + said(t), "score": s} for s, t in enumerate("abc")],
+            "question": "why?",
+        },
+        "question",
+        "no turn of the conversations",
+    ),
+    (
         "too many",
         {"prompt": "a", "completions": [str(i) for i in range(300)], "ranks": list(range(300))},
         "completions",
-        "a list of 300; expected 2 to 256",
+        "a list of 300; expected 2 to 64",
     ),
 ]
 
@@ -165,10 +208,6 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 def test_a_bad_list_is_refused_where_and_why(
     tmp_path: Path, row: dict[str, Any], field: str, reason: str
 ) -> None:
-    from training.utils.preference_rows import PREFERENCES
-    from training.utils.rendering import Renderer
-    from training.utils.row_index import index_rows
-
     path = tmp_path / "lists.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(RowError) as caught:
@@ -266,6 +305,52 @@ def test_value_and_gradient_are_those_of_the_formula_over_the_lists(
 
 def _places(ranks: list[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] < ranks[j]]
+
+
+def test_the_pairs_of_a_row_share_its_weight_whatever_their_number() -> None:
+    renderer = Renderer.load("tiny-llama")
+    weights = []
+    for row in (
+        {"prompt": "a", "completions": ["b", "c", "d", "e"], "ranks": [1, 2, 3, 4], "weight": 2},
+        {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "weight": 2},
+    ):
+        example = read(row)
+        rendered = render_usable(renderer, example)
+        weights.append([pair.weight for pair in pairs_of(rendered, example, rendered)])
+    assert weights == [[pytest.approx(1 / 3)] * 6, [2.0]]
+
+
+def test_stages_of_lists_that_are_scored_apart_stay_apart() -> None:
+    """Evaluation joins the scores of its batches: a list must not go on in the next one."""
+    rng = np.random.default_rng(0)
+    lists = [pairs_of_list([1, 2, 3], line) for line in (1, 2, 3)]
+    parts = []
+    for pairs in lists:
+        distinct = DistinctDatums.of(pairs)
+        rows = [torch.tensor(rng.normal(-2, 1, d.model_input.length)) for d in distinct.data]
+        parts.append(score_pairs(pairs, rows, NoReferences().of(pairs)))
+    objective = DpoObjective(BETA, loss="plackett_luce")
+    joined = objective.metrics(PairScores.joined(parts))["dpo_loss"]
+    assert joined == pytest.approx(
+        np.mean([objective.metrics(part)["dpo_loss"] for part in parts]), abs=1e-12
+    )
+
+
+def test_the_longest_answer_decides_whether_a_list_fits(tmp_path: Path) -> None:
+    path = tmp_path / "lists.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completions": ["b", "c", "d" * 40], "ranks": [1, 2, 3]}))
+    renderer = Renderer.load("tiny-llama")
+    index = index_rows(str(path), renderer, PREFERENCES)
+    with pytest.raises(DataError, match="another answer has 42 tokens, more than max_seq_len 10"):
+        select_rows(index, renderer, Rendering(10))
+
+
+def test_a_checkpoint_keeps_what_the_reference_says_of_a_few_pairs_only(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    data = write_lists(tmp_path / "lists.jsonl", 9, extra=("no", "never", "nothing"))
+    main(settings.model_copy(update={"dataset": data}))
+    notes = json.loads((tmp_path / "run/checkpoints/step-1/notes.json").read_text())
+    assert len(notes["reference"]["probes"]) == 2 * 8
 
 
 def test_plackett_luce_of_two_answers_is_the_sigmoid_loss_to_the_bit() -> None:

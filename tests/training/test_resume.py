@@ -376,7 +376,7 @@ def test_metrics_of_other_held_out_pairs_are_not_carried_on(
     summary = main(config(tmp_path, dcp_save_interval=1, eval_dataset=two, epochs=2))
     assert summary.before == {}
     assert summary.after["margin"] > 0
-    assert "other held-out pairs than before" in capsys.readouterr().out
+    assert "other held-out rows than before" in capsys.readouterr().out
     assert [bool(entry.heldout) for entry in listed_in(tmp_path / "run")] == [False] * 5 + [True]
 
 

@@ -16,7 +16,7 @@ from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering
 from training.utils.row_sets import select_rows
 from training.utils.sft_data import read_sft_row
-from training.utils.sft_examples import CompletionExample, SftExample
+from training.utils.sft_examples import CompletionExample, SftExample, TurnsExample
 from training.utils.sft_rows import SFT
 
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -157,6 +157,111 @@ def test_reasoning_that_the_template_drops_later_is_refused_where_it_would_be_le
     assert learned(row, QWEN_3)[1] == "6<|im_end|>"
 
 
+THINKING = {"role": "assistant", "content": "<think>Hm</think>4"}
+R1 = CHATML.replace("message.content +", "message.content.split('</think>')[-1] +")
+HEADER_MARKED = CHATML_MARKED.replace(
+    "{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}{% generation %}",
+    "{% if message.role != 'assistant' %}{{ '<|im_start|>' + message.role + '\\n' }}{% endif %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' }}",
+)
+NEWLINE_MARKED = CHATML_MARKED.replace(
+    "+ '<|im_end|>' }}{% endgeneration %}", "+ '<|im_end|>\\n' }}{% endgeneration %}"
+)
+OPENED_MARKED = CHATML_MARKED.replace(
+    "{% generation %}", "{% generation %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+)
+
+
+def test_learned_text_that_the_template_leaves_out_is_refused() -> None:
+    template = R1
+    with pytest.raises(DataError, match="leaves out the start of turn 1"):
+        learned({"messages": [ASKED, THINKING]}, template)
+    row = {"messages": [ASKED, {**THINKING, "weight": 0}, AGAIN, SAID_AGAIN]}
+    assert learned(row, template)[1] == "6<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template", [HEADER_MARKED, NEWLINE_MARKED, OPENED_MARKED], ids=["header", "newline", "opening"]
+)
+def test_marks_wider_than_what_the_model_writes_are_taken_without_the_rest(template: str) -> None:
+    row = {"messages": [ASKED, SAID, AGAIN, SAID_AGAIN]}
+    assert learned(row, template)[1] == "4<|im_end|>6<|im_end|>"
+
+
+def test_an_end_of_turn_inside_a_marked_answer_is_refused_as_without_marks() -> None:
+    with pytest.raises(DataError, match="which ends a turn; remove it"):
+        learned({"messages": [ASKED, {**SAID, "content": "4<|im_end|>5"}]}, CHATML_MARKED)
+
+
+def test_a_marked_turn_that_reads_otherwise_once_others_follow_is_refused() -> None:
+    forgetful = CHATML_MARKED.replace(
+        "{{ message.content + '<|im_end|>' }}{% endgeneration %}",
+        "{{ (message.content if loop.last else message.content.split('</think>')[-1]) + '<|im_end|>' }}"
+        "{% endgeneration %}",
+    )
+    assert learned({"messages": [ASKED, THINKING]}, forgetful)[1] == "<think>Hm</think>4<|im_end|>"
+    with pytest.raises(DataError, match="rewrites turn 1 once others follow"):
+        learned({"messages": [ASKED, THINKING, AGAIN, SAID_AGAIN]}, forgetful)
+
+
+ACCEPTED: list[tuple[str, dict[str, Any]]] = [
+    (
+        "the first turn once more, as ultrachat has it",
+        {"messages": [ASKED, SAID], "prompt": "2+2?", "prompt_id": "x"},
+    ),
+    ("nulls as an export fills them in", {"messages": [ASKED, {**SAID, "weight": None}], "weight": None}),
+    ("a good answer of KTO", {"messages": [ASKED, SAID], "label": True}),
+    ("role and content in conversations", {"conversations": [ASKED, SAID]}),
+    ("an input without an instruction", {"instruction": "", "input": "2+2?", "output": "4"}),
+    ("axolotl's train", {"messages": [{**ASKED, "train": False}, {**SAID, "train": True}]}),
+    ("parallel_tool_calls", {"messages": [ASKED, SAID], "parallel_tool_calls": False}),
+]
+
+
+@pytest.mark.parametrize("row", [row for _, row in ACCEPTED], ids=[name for name, _ in ACCEPTED])
+def test_rows_as_they_are_found_are_read(row: dict[str, Any]) -> None:
+    assert learned(row)[0] == turn("user", "2+2?") + "<|im_start|>assistant\n[4<|im_end|>]"
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "loss"])
+def test_a_turn_that_is_not_to_be_learned_is_said_by_any_of_three_names(flag: str) -> None:
+    row = {"messages": [ASKED, {**SAID, flag: 0}, AGAIN, {**SAID_AGAIN, flag: 1}]}
+    assert learned(row)[1] == "6<|im_end|>"
+
+
+def test_functions_as_openai_once_called_them_are_the_assistants_turn() -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}
+    example = read({"messages": [ASKED, called, {"role": "function", "name": "add", "content": "4"}, SAID]})
+    assert isinstance(example, TurnsExample)
+    assert example.learned == (False, True, False, True)
+
+
+def test_several_calls_of_one_turn_are_kept() -> None:
+    call = {"name": "add", "arguments": {}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "?"},
+            {"from": "function_call", "value": json.dumps([call, call])},
+        ]
+    }
+    assert learned({**row, "tools": TOOLS}, CHATML_WITH_TOOLS)[1] == "[add][add]<|im_end|>"
+
+
+def test_texts_are_no_group_for_beginning_with_the_same_token(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a{n}"}) + "\n" for n in range(6)))
+    index = index_rows(str(path), Renderer(byte_tokenizer(adds_bos=True)), SFT)
+    assert len(set(index.rows["prompt"].tolist())) == 6
+
+
+def test_rows_of_one_question_are_one_group(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [ASKED, SAID]}, {"messages": [ASKED, SAID_AGAIN]}, {"messages": [AGAIN, SAID_AGAIN]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = index_rows(str(path), Renderer(byte_tokenizer()), SFT).rows["prompt"].tolist()
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
 def test_a_rows_weight_is_read() -> None:
     assert read({"prompt": "a", "completion": "b", "weight": 0.5}) == CompletionExample("a", "b", 1, 0.5)
 
@@ -189,7 +294,7 @@ BAD: list[tuple[str, Any, str, str]] = [
         "a weighted question",
         {"messages": [{**ASKED, "weight": 1}, SAID]},
         "messages[0].weight",
-        "on a turn of role user",
+        "on a turn that is not the assistant's",
     ),
     (
         "an empty answer",
@@ -197,7 +302,12 @@ BAD: list[tuple[str, Any, str, str]] = [
         "messages[1].content",
         "an empty turn",
     ),
-    ("a prompt beside", {"prompt": "x", "messages": [ASKED, SAID]}, "prompt", "it would be left out"),
+    (
+        "a prompt beside",
+        {"prompt": "x", "messages": [ASKED, SAID]},
+        "prompt",
+        "is no turn of the conversations",
+    ),
     (
         "text and messages",
         {"prompt": "a", "completion": [SAID]},
@@ -234,6 +344,56 @@ BAD: list[tuple[str, Any, str, str]] = [
     ),
     ("row weight 0", {"messages": [ASKED, SAID], "weight": 0}, "weight", "expected a number above 0"),
     (
+        "a row weight that float32 rounds to 0",
+        {"text": "ab", "weight": 1e-46},
+        "weight",
+        "expected a number above 0",
+    ),
+    ("a row weight beyond float32", {"text": "ab", "weight": 1e39}, "weight", "expected a number above 0"),
+    ("a row weight of 400 digits", {"text": "ab", "weight": 10**400}, "weight", "expected a number above 0"),
+    ("a bad answer of KTO", {"messages": [ASKED, SAID], "label": False}, "label", "marked as a bad one"),
+    (
+        "a bad completion",
+        {"prompt": "a", "completion": "b", "kto_tag": False},
+        "kto_tag",
+        "marked as a bad one",
+    ),
+    ("LLaMA-Factory's ranking", {"instruction": "a", "chosen": "b", "rejected": "c"}, "row", "a preference"),
+    (
+        "another system beside",
+        {"messages": [ASKED, SAID], "system": "Be nice."},
+        "system",
+        "no turn of the conversations",
+    ),
+    ("a context beside Alpaca", {"instruction": "a", "output": "b", "context": "c"}, "context", "no turn"),
+    (
+        "functions beside",
+        {"messages": [ASKED, SAID], "functions": [{"name": "f"}]},
+        "functions",
+        "put it into them",
+    ),
+    ("a question beside a text", {"text": "ab", "question": "c"}, "question", "no turn"),
+    (
+        "a system beside a prompt",
+        {"prompt": [ASKED], "completion": [SAID], "system": "x"},
+        "system",
+        "no turn",
+    ),
+    ("two systems", {"system": "x", "conversations": [SYSTEM, ASKED, SAID]}, "system", "no turn"),
+    (
+        "flags that contradict",
+        {"messages": [ASKED, {**SAID, "weight": 1, "train": False}]},
+        "messages[1].weight",
+        "contradict",
+    ),
+    ("images", {"messages": [ASKED, SAID], "images": ["a.png"]}, "images", "only text"),
+    (
+        "tools that the template does not show",
+        {"messages": [ASKED, SAID], "tools": TOOLS},
+        "tools",
+        "shows no tools",
+    ),
+    (
         "an end of turn inside",
         {"messages": [ASKED, {**SAID, "content": "4<|im_end|>5"}]},
         "messages",
@@ -260,7 +420,7 @@ def test_rows_over_the_limit_are_dropped_or_cut_and_counted(tmp_path: Path) -> N
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     renderer = Renderer(byte_tokenizer())
     index = index_rows(str(path), renderer, SFT)
-    assert index.kind.made(index.rows) == "3 examples, 16 of 38 tokens learned"
+    assert index.kind.made(index.rows, Rendering()) == "3 examples, 16 of 38 tokens learned"
     dropped = select_rows(index, renderer, Rendering(8))
     assert [o.outcome for o in dropped.outcomes()] == ["dropped", "dropped"]
     cut = select_rows(index, renderer, Rendering(8, "response_end"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from plain import load_plain, plain_logprobs
 from training.recipes import dpo_loop
 from training.recipes.sft_loop import Config, main
 from training.utils.client import ReconnectableClient
-from training.utils.losses import make_nll_loss
+from training.utils.config import TrainerConfig
+from training.utils.losses import make_nll_loss, weight_of
 from training.utils.reference_pass import NoReferences
 from training.utils.service import build_service_client
 from training.utils.sft_learner import SftLearner
@@ -63,7 +65,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_plain_forward(
         assert step.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
         # The pure function of log-probabilities, the trainer's sum and the verification's loss are one.
         data = [item.datum for item in items]
-        by_function = policy.forward_backward_custom(data, make_nll_loss(data))
+        by_function = policy.forward_backward_custom(data, make_nll_loss(sum(map(weight_of, data))))
         assert by_function.metrics["sft_loss"] == pytest.approx(expected.item(), rel=1e-5)
         assert policy.optim_step(AdamParams(learning_rate=0.0)).metrics["grad_norm"] == pytest.approx(
             norm, rel=1e-5
@@ -75,7 +77,7 @@ def test_a_row_with_many_tokens_counts_by_its_tokens_and_not_as_a_row(rng: np.ra
     items = sequences(rng, 4)
     data = [item.datum for item in items]
     rows = [torch.tensor(-rng.exponential(2.0, d.model_input.length)) for d in data]
-    loss, _ = make_nll_loss(data)(data, rows)
+    loss, _ = make_nll_loss(sum(map(weight_of, data)))(data, rows)
     weights = [d.loss_fn_inputs["weights"].to_numpy().astype(np.float64) for d in data]
     values = [row.numpy() for row in rows]
     summed = sum(float((-v * w).sum()) for v, w in zip(values, weights, strict=True))
@@ -102,6 +104,48 @@ def test_a_run_makes_the_answers_likely_and_says_them(tmp_path: Path, rank: int)
     said = json.loads((Path(settings.log_path) / "samples.jsonl").read_text())
     assert said["after"].startswith("yes")
     assert not said["before"].startswith("yes")
+
+
+def test_a_batch_whose_graph_cannot_be_kept_at_once_gives_the_same_step_in_parts(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    items, steps, computed = sequences(rng, 6), [], []
+    for budget in (4096, 20):
+        with build_service_client(
+            base_model=llama_folder, trainer=TrainerConfig(activation_token_budget=budget)
+        ) as service:
+            policy = ReconnectableClient(service.create_training_client(llama_folder, 0))
+            result = SftLearner().accumulate(policy, items, NoReferences())
+            steps.append(
+                (result.metrics["sft_loss"], policy.optim_step(AdamParams(0.0)).metrics["grad_norm"])
+            )
+            computed.append((result.metrics["scored_tokens:sum"], result.metrics["micro_batches:sum"]))
+    assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+    assert computed[0][0] == computed[1][0]
+    assert computed[1][1] > computed[0][1]
+
+
+def test_rows_count_by_their_weight_in_training_and_on_held_out_rows(tmp_path: Path) -> None:
+    """Two rows, one of weight 3: Σ w nll / Σ w over their tokens, from runs on each row alone."""
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "the sky is", "completion": " blue and wide"}]
+
+    def run_of(name: str, *given: dict[str, Any]) -> tuple[float, float, float]:
+        folder = tmp_path / name
+        folder.mkdir()
+        data = folder / "mine.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in given))
+        settings = config(folder, dataset=str(data), eval_dataset=str(data), batch_size=2)
+        summary = main(settings)
+        (step,) = [line for line in numbers(Path(settings.log_path)) if "train/sft_loss" in line]
+        return step["train/sft_loss"], summary.before["sft_loss"], step["train/learned_weight"]
+
+    alone = [run_of(str(index), row) for index, row in enumerate(rows)]
+    both = run_of("both", {**rows[0], "weight": 3}, rows[1])
+    weights = [3 * alone[0][2], alone[1][2]]
+    assert both[2] == sum(weights)
+    for place in (0, 1):
+        expected = sum(w * one[place] for w, one in zip(weights, alone, strict=True)) / sum(weights)
+        assert both[place] == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_loss_does_not_depend_on_how_rows_are_batched(

@@ -172,7 +172,9 @@ class Check:
             refuse_nothing_left(path, first, listing.rows, self.kind.shapes)
         form = formats.only(path)
         counts = RowCounts(len(rows) + listing.rows, {"refused": listing.rows}, 0)
-        summary = counts.summary(path, form, self.kind.made(rows).replace("tokens", "characters"))
+        summary = counts.summary(
+            path, form, self.kind.made(rows, Rendering()).replace("tokens", "characters")
+        )
         return self._report(path, form, rows, listing, summary), rows
 
     def _report(self, path: str, form: str, rows: RowArray, listing: _Listing, summary: str) -> FileReport:

@@ -101,12 +101,7 @@ _OF_SIGNS: dict[Sign, tuple[Level, str, str]] = {
     ),
     Sign.DOUBLED_START: ("warning", "doubled-start", "rows begin with two beginning-of-sequence tokens"),
     Sign.DOUBLED_END: ("warning", "doubled-end", "rows end with two end-of-sequence tokens"),
-    Sign.THOUGHT_LOST: (
-        "warning",
-        "reasoning-lost",
-        "rows have reasoning in a response that the chat template does not show: it is not learned",
-    ),
-    Sign.EARLIER_THOUGHT_LOST: (
+    Sign.THOUGHT_LEFT_OUT: (
         "note",
         "earlier-reasoning-left-out",
         "rows have reasoning in an earlier turn that the chat template leaves out, as templates of reasoning "

@@ -95,8 +95,8 @@ def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:
     """What is wrong with a run that learns nothing, with its likely cause."""
     if metrics.get("train/grad_norm") == 0:
         yield (
-            "the gradient is exactly 0: chosen and rejected of these rows read the same to the trained weights, or no "
-            "trained weight is on the way to them"
+            "the gradient is exactly 0: these rows say nothing to the trained weights (chosen and rejected read the "
+            "same to them), or no trained weight is on the way"
         )
     # Policy and reference may have taken other paths: a policy that stands still has margins of rounding, ties.
     if step == 3 and metrics.get("train/tie_rate") == 1:

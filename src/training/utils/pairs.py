@@ -131,7 +131,7 @@ def render_pairs(
     rules: Rendering | None = None,
     max_pairs: int | None = None,
 ) -> RenderedPairs:
-    """The pairs of a file's examples, at most `max_pairs` of them, all in memory (recipes: `pair_sets`).
+    """The pairs of a file's examples, at most `max_pairs` of them, all in memory (recipes: `row_sets`).
 
     Rows in which a side is longer than the rules allow are dropped, or with ``truncate="response_end"``
     shortened at the end of the response. Examples that cannot be rendered are refused: all at once by an

@@ -129,7 +129,10 @@ class PreferenceRows:
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""
-        return {name: int(record[name]) for name in ("chosen", "rejected")}
+        names = ("chosen", "rejected")
+        if record["pairs"] + record["ties"] > 1:
+            names = ("the best answer", "another answer")
+        return dict(zip(names, (int(record["chosen"]), int(record["rejected"])), strict=True))
 
     def longest(self, records: RowArray) -> IntArray:
         """See `row_check.RowKind`."""
@@ -162,7 +165,12 @@ class PreferenceRows:
         """See `row_check.RowKind`."""
         return findings_of_preferences(records)
 
-    def made(self, records: RowArray) -> str:
+    def counts(self, records: RowArray) -> IntArray:
+        """See `row_check.RowKind`."""
+        counts: IntArray = records["pairs"].astype(np.int64)
+        return counts
+
+    def made(self, records: RowArray, rules: Rendering) -> str:
         """See `row_check.RowKind`."""
         pairs, ties = int(records["pairs"].sum()), int(records["ties"].sum())
         lists = int((records["pairs"] + records["ties"] > 1).sum())

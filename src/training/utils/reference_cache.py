@@ -212,7 +212,7 @@ class ReferenceCache:
             if not missing:
                 return CacheStatistics(len(block), 0, 0, 0, 0), cached
             damaged = self._compute(block, reference)
-        tokens = sum(pair.tokens for pair in block)
+        tokens = sum(datum.model_input.length + 1 for datum in DistinctDatums.of(block).data)
         return CacheStatistics(len(cached), missing, damaged, 0, tokens), cached
 
     def _compute(self, block: Sequence[PreferencePair], reference: Reference) -> int:

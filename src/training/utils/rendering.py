@@ -229,7 +229,6 @@ class Renderer:
             self._refuse_end_of_turn_inside("messages", messages[place])
             start, end = self._marked_turn(messages[:place], tools, whole, span)
             mask[start:end] = 1.0
-            self._refuse_dropped_start("messages", messages, place, tools, whole[start:end])
             if place < len(messages) - 1:
                 alone, (*_, last) = self._template.marked(messages[: place + 1], tools)
                 self._refuse_another_turn(
@@ -273,11 +272,11 @@ class Renderer:
             before = self._template.ids(turns[:place], tools, header=True)
             start, end = self._turn(name, before, whole)
             mask[start:end] = 1.0
-            self._refuse_dropped_start(name, turns, place, tools, whole[start:end])
             if place < len(turns) - 1:
                 alone = self._template.ids(turns[: place + 1], tools, header=False)
                 first, last = self._turn(name, before, alone)
                 self._refuse_another_turn(name, place, alone[first:last], whole[start:end])
+            self._refuse_dropped_start(name, turns, place, tools, whole[start:end])
         return RenderedSide(whole[:end], mask[:end])
 
     def _turn(self, name: str, before: Tokens, whole: Tokens) -> tuple[int, int]:

@@ -183,7 +183,7 @@ def rewind(folder: RunFolder, start: GoOn) -> Iterator[str]:
     # First the list: killed after this, those that are not moved yet are found without it.
     kept = [entry for entry in entries if entry.step <= step]
     if not start.same_heldout:
-        yield "other held-out pairs than before: what the metrics on them were is not carried on"
+        yield "other held-out rows than before: what the metrics on them were is not carried on"
         kept = [replace(entry, heldout={}) for entry in kept]
     write_listing(folder, kept)
     if previous is not None:

@@ -80,7 +80,10 @@ class RowKind(Protocol[T_co]):
     def longest(self, records: RowArray) -> IntArray:
         """Tokens of the longest sequence of each row."""
 
-    def made(self, records: RowArray) -> str:
+    def counts(self, records: RowArray) -> IntArray:
+        """How many items each row makes."""
+
+    def made(self, records: RowArray, rules: Rendering) -> str:
         """What rows make, in words: `551 pairs`."""
 
     def in_characters(self, row: LocatedRow) -> RecordedRow:

@@ -144,7 +144,9 @@ class SelectedRows(Generic[T]):
     def summary(self) -> str:
         """See `RowCounts.summary`."""
         index = self.rows.source.index
-        return self.counts.summary(self.path, index.format, index.kind.made(self.rows.records))
+        return self.counts.summary(
+            self.path, index.format, index.kind.made(self.rows.records, self.rows.source.rules)
+        )
 
     @property
     def lost(self) -> int:

@@ -34,10 +34,8 @@ class Sign(IntFlag):
     """Two beginning-of-sequence tokens."""
     DOUBLED_END = 32
     """Two end-of-sequence tokens."""
-    THOUGHT_LOST = 64
-    """Reasoning in a response that the chat template does not show."""
-    EARLIER_THOUGHT_LOST = 128
-    """The same of a turn in the prompt, where templates of reasoning models leave it out on purpose."""
+    THOUGHT_LEFT_OUT = 64
+    """Reasoning of a turn that is not scored, where templates of reasoning models leave it out on purpose."""
 
 
 _REFUSAL = re.compile(
@@ -71,10 +69,9 @@ def signs_of(
     contents = [message["content"] for turns in (prompt, *answers) for message in turns.messages]
     if any(text in content for content in contents for text in renderer.special_texts):
         signs |= Sign.SPECIAL_TEXT
-    if any(_loses_thought(answer, renderer) for answer in answers):
-        signs |= Sign.THOUGHT_LOST
-    if _loses_thought(prompt, renderer):
-        signs |= Sign.EARLIER_THOUGHT_LOST
+    # Of one that is scored it is refused where it is rendered.
+    if any(_loses_thought(turns, renderer) for turns in (prompt, *answers)):
+        signs |= Sign.THOUGHT_LEFT_OUT
     return signs
 
 

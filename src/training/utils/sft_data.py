@@ -50,6 +50,7 @@ BESIDE = (
     *("prompt", "completion", "system", "history", "instruction", "input", "output", "response", "text"),
     *("question", "query", "answer", "context", "functions", "function_call"),
 )
+DOCUMENT = "text"
 TURN_FLAGS = ("weight", "train", "loss")
 """By these keys of a turn OpenAI, Axolotl and ms-swift say whether it is learned."""
 MARKS = ("label", "kto_tag")
@@ -205,13 +206,18 @@ def _with_weight(turn: object, place: str) -> object:
     for name, value in said.items():
         if isinstance(value, bool) or value in (0, 1):
             continue
-        raise ExampleError(f"{place}.{name}", f"{shown(value)}; expected true or false")
+        raise ExampleError(f"{place}.{name}", f"{shown(value)}; expected 0 or 1")
     if len({bool(value) for value in said.values()}) > 1:
         raise ExampleError(
             f"{place}.{next(iter(said))}", f"{' and '.join(said)} contradict each other; keep one"
         )
-    of_assistant = turn.get("role") == "assistant"  # others are never learned, whatever they say
-    return {**kept, "weight": int(bool(next(iter(said.values()))))} if said and of_assistant else kept
+    if not said:
+        return kept
+    (name, value), *_ = said.items()
+    if value and turn.get("role") != "assistant":
+        told = f"{shown(value)} on a turn that is not the assistant's; only those are learned"
+        raise ExampleError(f"{place}.{name}", told)
+    return {**kept, "weight": int(value)}
 
 
 def _with_parsed_tools(row: Row) -> Row:
@@ -241,7 +247,8 @@ def _turns(conversation: Conversation, learned_from: int, tools: Tools, line: in
             f"{places[-1]}.role", f"the last turn is of role {messages[-1]['role']!r}; expected 'assistant'"
         )
     for index, (place, message) in enumerate(zip(places, messages, strict=True)):
-        if learned[index] and not message["content"].strip() and not message.get("tool_calls"):
+        says = message["content"].strip() or message.get("tool_calls") or message.get("function_call")
+        if learned[index] and not says:
             raise ExampleError(
                 f"{place}.content", f"{shown(message['content'])}: an empty turn cannot be learned"
             )
@@ -298,7 +305,7 @@ FORMATS: tuple[RowForm[SftExample], ...] = (
         _read_sharegpt,
     ),
     RowForm(
-        "text",
+        DOCUMENT,
         '{"text": "…"}',
         lambda row: "text" in row and not row.keys() & {"messages", "completion", "output", "conversations"},
         _read_text,

@@ -16,7 +16,7 @@ from training.utils.rendering import RenderedAnswers, RenderedSide, Renderer
 from training.utils.row_check import CHECKED, PLACE, RecordedRow, json_key, prompt_key, tokens_key
 from training.utils.row_outcomes import Rendering, RowOutcome
 from training.utils.row_signs import RenderedTurns, Sign, said, signs_of
-from training.utils.sft_data import FORMATS, read_sft_row
+from training.utils.sft_data import DOCUMENT, FORMATS, read_sft_row
 from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
 from training.utils.tokenizer import Tokens
 
@@ -45,7 +45,9 @@ class RenderedSequence:
         """See `SftRows.record_type`."""
         tokens, mask = self.rendered.tokens, self.rendered.mask
         start = int(np.flatnonzero(mask)[0])
-        place = (self.offset, prompt_key(tokens[:start]), self.line, start)
+        # A text has no prompt: no two of them are one group for being learned from their second token on.
+        asked = tokens if self.form == DOCUMENT else tokens[:start]
+        place = (self.offset, prompt_key(asked), self.line, start)
         return (*place, tokens_key([tokens[start:]]), len(tokens), 0, int(self.signs), int(mask.sum()))
 
     @property
@@ -123,10 +125,16 @@ class SftRows:
         longest: IntArray = records["tokens"].astype(np.int64)
         return longest
 
-    def made(self, records: RowArray) -> str:
+    def counts(self, records: RowArray) -> IntArray:
+        """See `row_check.RowKind`."""
+        return np.ones(len(records), np.int64)
+
+    def made(self, records: RowArray, rules: Rendering) -> str:
         """See `row_check.RowKind`."""
         tokens, learned = int(records["tokens"].sum()), int(records["learned"].sum())
-        return f"{len(records):,} examples, {learned:,} of {tokens:,} tokens learned"
+        cut = rules.max_seq_len is not None and bool((records["tokens"] > rules.max_seq_len).any())
+        before = " (before they are shortened)" if cut else ""
+        return f"{len(records):,} examples, {learned:,} of {tokens:,} tokens learned{before}"
 
 
 def _signs(example: SftExample, tokens: Tokens, renderer: Renderer) -> Sign:

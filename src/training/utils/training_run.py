@@ -338,7 +338,7 @@ def record_reference(run: Run, references: AnyReferences) -> ReferenceRecord:
     """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
     saved = isinstance(run.start, GoOn) or run.config.dcp_save_interval > 0
     probes = range(min(RECORDED_PAIRS, len(run.split.train)) if saved else 0)
-    now = references.record(run.split.train.take(probes))
+    now = references.record(run.split.train.take(probes)[:RECORDED_PAIRS])
     if not isinstance(run.start, GoOn):
         return now
     then = run.start.notes.reference
@@ -413,8 +413,10 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop, watch: DisplacementWa
     savings = Savings()
     epochs, done, started = run.epochs, loop.position.step, time.monotonic()
     ahead = run.split.train.taken_ahead(batch.rows for batch in epochs.batches(done))
-    rows_left = sum(len(batch.rows) for batch in epochs.batches(done))
-    stage = Stage("training", rows_left, f"{run.learner.rows.item}s")
+    kind = run.learner.rows
+    made_by = kind.counts(run.split.train.records)
+    left = sum(int(made_by[list(batch.rows)].sum()) for batch in epochs.batches(done))
+    stage = Stage("training", left, f"{kind.item}s")
     with closing(ahead) as taken, run.display.bar(stage) as bar:
         for batch, rows in zip(epochs.batches(done), taken, strict=True):
             loop.checkpoints.list_if_written()
@@ -428,7 +430,7 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop, watch: DisplacementWa
                 run.display.say(f"warning: step {batch.step}: {symptom}")
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics, run.learner.shown)
-            bar.advance(len(batch.rows), int(metrics.get("train/step_tokens", 0)), line)
+            bar.advance(len(rows.items), int(metrics.get("train/step_tokens", 0)), line)
             savings.add(metrics)
             watch.step(metrics)
             due = evaluation_due(run, batch.step)

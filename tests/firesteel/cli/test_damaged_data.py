@@ -269,7 +269,6 @@ ROWS: dict[str, tuple[Any, str]] = {
     "a weight below 0": ({**GOOD, "weight": -1}, "weight: the number -1; expected a number above 0"),
     "a weight that is a text": ({**GOOD, "weight": "1"}, 'weight: the string "1"; expected a number above 0'),
     "a weight that is true": ({**GOOD, "weight": True}, "weight: true; expected a number above 0"),
-    "a weight that is null": ({**GOOD, "weight": None}, "weight: null; expected a number above 0"),
     "a turn's weight of 2": (
         sides([USER, {**FOUR, "weight": 2}], [USER, FIVE]),
         "messages[1].weight: the number 2",
@@ -279,7 +278,7 @@ ROWS: dict[str, tuple[Any, str]] = {
         "chosen.messages[1].weight: 0 on a turn of the response",
     ),
     "a source that is a number": ({**GOOD, "source": 5}, "source: the number 5; expected a string"),
-    "one sample": ({"samples": SAMPLES[:1]}, "samples: a list of 1; expected 2 to 256 answers"),
+    "one sample": ({"samples": SAMPLES[:1]}, "samples: a list of 1; expected 2 to 64 answers"),
     "samples an object": (
         {"samples": {"a": 1}},
         "samples: an object (the keys here are a); expected a list of ob",
