@@ -18,8 +18,8 @@ from training.utils.accuracy import (
     rows_of,
     source_metrics,
     sources_left_out,
-    wilson,
 )
+from training.utils.intervals import wilson
 from training.utils.losses import Margins
 from training.utils.pairs import PreferencePair, build_dpo_datums
 

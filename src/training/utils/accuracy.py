@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firesteel.sdk.types import BoolArray, Datum
+from training.utils.intervals import wilson
 from training.utils.losses import Margins
 from training.utils.pairs import PreferencePair
 
@@ -21,8 +22,6 @@ MOST_SOURCES = 20
 LONGEST_NAME = 60
 """Of a source, in letters: some data keep a text in that field."""
 REST, UNNAMED = "other", "none"
-Z_95 = 1.959963984540054
-"""The normal distribution has 95 % within so many standard deviations."""
 _Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -42,26 +41,6 @@ class Traits:
         """Those of a pair."""
         longer = _scored(pair.chosen) - _scored(pair.rejected)
         return cls(longer, pair.truncated, pair.source, pair.ranked.pairs)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Where the true share lies with 95 % confidence."""
-
-    low: float
-    high: float
-
-
-def wilson(share: float, count: float) -> Interval:
-    """The score interval of a share of `count` rows (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
-
-    All p that are not further from the observed share than 1.96 times their own standard error √(p (1 - p) / n): it
-    stays within 0 and 1, and says something even where all pairs are right.
-    """
-    z2 = Z_95**2 / count
-    center = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
-    return Interval(max(center - half, 0.0), min(center + half, 1.0))
 
 
 def length_controlled(right: BoolArray, traits: Sequence[Traits]) -> float | None:

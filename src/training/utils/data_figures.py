@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from firesteel.sdk.types import IntArray
-
-SURE = 1.96
-"""Standard deviations: of a share's interval, 95 times of a hundred."""
+from training.utils.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,8 @@ class Share:
         """Of nothing, anything is possible."""
         if not out_of:
             return cls(0, 0, math.nan, 0.0, 1.0)
-        share, weight = count / out_of, SURE**2 / out_of
-        middle = (share + weight / 2) / (1 + weight)
-        reach = SURE * math.sqrt(share * (1 - share) / out_of + weight / out_of / 4) / (1 + weight)
-        return cls(count, out_of, share, max(middle - reach, 0.0), min(middle + reach, 1.0))
+        interval = wilson(count / out_of, out_of)
+        return cls(count, out_of, count / out_of, interval.low, interval.high)
 
     def __str__(self) -> str:
         return f"{self.share:.1%} (95 % sure: {self.low:.1%} to {self.high:.1%})"

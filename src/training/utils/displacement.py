@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.utils.intervals import Z_95
 from training.utils.losses import TIE
 
 LAST_STEPS = 20
 """Steps that are looked at where no pairs are held out."""
 FEWEST_STEPS = 8
-_Z = 1.96
 _OF_A_STEP = ("train/margin", "delta_logp/chosen", "delta_logp/rejected")
 _ADVICE = "try sft_weight, a larger beta or a lower learning_rate, and look at what the policy answers; docs/losses.md"
 
@@ -57,12 +57,12 @@ class Reading:
 
         That is: the mean's 95 % interval lies below 0, and the mean below that of `before`.
         """
-        fell = self.chosen + _Z * self.noise < -TIE and self.chosen < before.chosen - TIE
+        fell = self.chosen + Z_95 * self.noise < -TIE and self.chosen < before.chosen - TIE
         if not (fell and self.margin > before.margin + TIE):
             return None
         return (
             f"likelihood displacement: the margin has grown from {before.margin:+.3f} to {self.margin:+.3f}, but the "
-            f"chosen answers have become less likely too (Δlogp chosen {self.chosen:+.2f} ± {_Z * self.noise:.2f}, "
+            f"chosen answers have become less likely too (Δlogp chosen {self.chosen:+.2f} ± {Z_95 * self.noise:.2f}, "
             f"rejected {self.rejected:+.2f}): {_ADVICE}"
         )
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from training.utils.accuracy import Z_95, Interval, wilson
 from training.utils.displacement import Reading
+from training.utils.intervals import Z_95, Interval, wilson
 from training.utils.run_record import Heldout, RunRecord
 
 Kind = Literal["yes", "no", "unclear", "unknown"]
