@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,22 @@ def test_the_demo_set_has_both_forms_of_the_guide_and_shares_no_question() -> No
     assert asked[0].isdisjoint(asked[1])
     settings = dpo_loop.Config(**yaml.safe_load((EXAMPLES / "preferences/dpo.yaml").read_text()))
     assert not {prompt.lower() for prompt in settings.sample_prompts} & (asked[0] | asked[1])
+
+
+def test_the_raw_loop_starts_without_a_margin_and_gains_one() -> None:
+    margins = runpy.run_path(str(EXAMPLES / "raw_api_loop.py"))["train"]()
+    assert margins[0] == 0
+    assert margins == sorted(margins)
+    assert margins[-1] > 1
+
+
+def test_the_custom_loss_trains_and_keeps_the_chosen_answers(tmp_path: Path) -> None:
+    """That its term does what it is for: without it the chosen answers end less likely than with it."""
+    module = runpy.run_path(str(EXAMPLES / "custom_loss.py"))
+    chosen = {}
+    for alpha in (0.0, 1e-3):
+        config = module["example"](str(tmp_path / str(alpha))).model_copy(update={"alpha": alpha})
+        summary = module["main"](config)
+        assert summary.after["margin"] > summary.before["margin"] + 0.5
+        chosen[alpha] = summary.after["delta_logp/chosen"]
+    assert chosen[1e-3] > chosen[0.0]
