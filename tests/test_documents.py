@@ -166,7 +166,8 @@ def texts_in_the_source() -> Iterator[str]:
 
 def test_every_message_in_troubleshooting_is_one_of_the_program_s() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| (`+)(.+?)\1 \|", page, re.MULTILINE)
+    quoted = [message for _, message in rows]
     source = "\n".join(" ".join(text.split()) for text in texts_in_the_source())
     patterns = {message: re.escape(message).replace("…", "[^\n]*") for message in quoted}
     assert len(quoted) > 60
