@@ -17,8 +17,9 @@ import torch
 from pydantic import Field
 
 from training.utils.losses import DpoObjective, PairScores
-from training.utils.preference_run import RunSummary, run_to_its_end
-from training.utils.preference_settings import PreferenceSettings, ReferenceSettings
+from training.utils.preference_settings import PreferenceSettings
+from training.utils.training_run import RunSummary, run_to_its_end
+from training.utils.training_settings import ReferenceSettings
 
 HERE = Path(__file__).parent
 

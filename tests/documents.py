@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import linecache
 import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,11 +39,14 @@ from typer.core import TyperGroup
 from firesteel.catalog import load_catalog
 from firesteel.cli.main import app
 from firesteel.sdk import UserError
+from training.utils import preference_data
+from training.utils.row_forms import claimed
+from training.utils.sft_data import read_sft_row
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = ("python", "sh", "yaml", "json", "jsonl", "text")
 ROWS = 20
-"""Rows of `pairs.jsonl`, which stands for the reader's own data."""
+"""Rows of `pairs.jsonl` and `chats.jsonl`, which stand for the reader's own data."""
 
 _OPEN = re.compile(r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?(?P<rest>.*)$')
 _MARK = re.compile(r"^<!-- (?P<kind>not run|refused): (?P<words>.+) -->$")
@@ -128,9 +133,14 @@ class Ran:
 @contextlib.contextmanager
 def a_readers_folder(folder: Path) -> Iterator[None]:
     """The working folder of somebody who follows a page: the examples, own data, a model that needs no fetching."""
-    (folder / "examples").symlink_to(ROOT / "examples")
-    rows = (ROOT / "examples/preferences/train.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "pairs.jsonl").write_text("\n".join(rows[:ROWS]) + "\n", encoding="utf-8")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for file in (folder / "examples").rglob("*.jsonl"):
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        file.write_text("".join(f"{json.dumps(with_short_answers(row))}\n" for row in rows), encoding="utf-8")
+    own = {"pairs.jsonl": "preferences/train.jsonl", "chats.jsonl": "sft_then_dpo/chats.jsonl"}
+    for name, example in own.items():
+        lines = (folder / "examples" / example).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:ROWS]), encoding="utf-8")
     write_file(folder / "stand-in.yaml", "models: {}\n")
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
@@ -143,6 +153,16 @@ def a_readers_folder(folder: Path) -> Iterator[None]:
             for name in set(sys.modules) - before:
                 if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
                     del sys.modules[name]
+
+
+def with_short_answers(value: Any) -> Any:
+    """A row whose answers are cut: a byte is a token of the model that stands in, and long rows only take time."""
+    if isinstance(value, list):
+        return [with_short_answers(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    cut = {"content": value["content"][:40]} if value.get("role") == "assistant" else {}
+    return {key: with_short_answers(item) for key, item in value.items()} | cut
 
 
 def write_file(path: Path, text: str) -> None:
@@ -234,7 +254,7 @@ def run_command(words: Sequence[str], block: Block, files_run: set[str]) -> None
 
 def read_yaml(block: Block, folder: Path) -> None:
     """A catalogue, or settings of the recipe that the title names (`dpo.yaml`)."""
-    from training.recipes import dpo_loop, orpo_loop
+    from training.recipes import dpo_loop, orpo_loop, sft_loop
 
     content = yaml.safe_load(block.text)
     if content.keys() & {"models", "shapes"}:
@@ -248,14 +268,14 @@ def read_yaml(block: Block, folder: Path) -> None:
         for name in content.get("shapes", ()):
             catalog.shape(name)
         return
-    recipe = {"orpo": orpo_loop}.get(Path(block.title or "").stem, dpo_loop)
+    recipe = {"orpo": orpo_loop, "sft": sft_loop}.get(Path(block.title or "").stem, dpo_loop)
     recipe.Config(**content)
 
 
 def read_rows(block: Block) -> None:
     """Rows of data, one a line or (`json`) one over several lines."""
-    from training.utils.preference_data import read_row
-
     rows = [block.text] if block.language == "json" else block.text.splitlines()
     for number, row in enumerate(rows, 1):
-        read_row(row.encode(), number)
+        preference = claimed(json.loads(row), preference_data.FORMATS) is not None
+        read = preference_data.read_row if preference else read_sft_row
+        read(row.encode(), number)

@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,8 @@ import yaml
 from documents import ROOT, Ran, blocks_of, pages, run_page
 from firesteel.catalog import load_catalog
 from firesteel.sdk import FiresteelError, errors
-from training.utils.preference_data import FORMATS, read_row
+from training.utils import preference_data, sft_data
+from training.utils.row_forms import RowForm
 
 BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in pages()}
 RUN = [page for page, blocks in BLOCKS.items() if any(block.language != "text" for block in blocks)]
@@ -86,13 +88,23 @@ def test_the_run_in_the_readme_gives_an_adapter_that_loads_as_it_says(ran: dict[
     assert names["model"](**prompt).logits.shape[-1] >= len(names["tokenizer"])
 
 
-def test_the_page_on_data_has_a_row_of_every_form_under_its_name() -> None:
+@pytest.mark.parametrize(
+    ("part", "read", "forms"),
+    [
+        ("Preference rows", preference_data.read_row, preference_data.FORMATS),
+        ("Supervised rows", sft_data.read_sft_row, sft_data.FORMATS),
+    ],
+)
+def test_the_page_on_data_has_a_row_of_every_form_under_its_name(
+    part: str, read: Callable[[bytes, int], tuple[str, Any]], forms: Sequence[RowForm[Any]]
+) -> None:
     page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    sections = re.findall(r"^### `([\w-]+)`$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)
+    (part,) = re.findall(rf"^## {part}$.*?(?=^## )", page, re.MULTILINE | re.DOTALL)
+    sections = re.findall(r"^### `([\w-]+)`$(.*?)(?=^###|\Z)", part, re.MULTILINE | re.DOTALL)
     for name, section in sections:
         for row in re.findall(r"```json\n(.*?)```", section, re.DOTALL):
-            assert read_row(row.encode(), 1)[0] == name
-    assert [name for name, _ in sections] == [form.name for form in FORMATS]
+            assert read(row.encode(), 1)[0] == name
+    assert [name for name, _ in sections] == [form.name for form in forms]
 
 
 def test_every_number_that_is_explained_is_logged(ran: dict[str, Ran]) -> None:
