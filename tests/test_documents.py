@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
 
-from documents import ROOT, Ran, blocks_of, pages, run_page
+from documents import ROOT, Ran, blocks_of, commands_of, pages, run_page
 from firesteel.catalog import load_catalog
+from firesteel.cli.main import app
 from firesteel.sdk import FiresteelError, errors
 from training.utils import preference_data, sft_data
 from training.utils.row_forms import RowForm
@@ -26,7 +29,7 @@ BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in pages()}
 RUN = [page for page, blocks in BLOCKS.items() if any(block.language != "text" for block in blocks)]
 
 # How many blocks of a page are not run, each with its reason beside it: servers, installations, other machines.
-NOT_RUN = {"README.md": 2, "CONTRIBUTING.md": 1, "docs/serving.md": 2}
+NOT_RUN = {"README.md": 2, "CONTRIBUTING.md": 1, "docs/serving.md": 2, "docs/commands.md": 2}
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +204,20 @@ def test_every_error_code_is_in_troubleshooting() -> None:
     ]
     explained = opening + "".join(headings)
     assert {kind.code for kind in kinds if f"`{kind.code}`" not in explained} == set()
+
+
+def verbs(command: Any, before: str = "firesteel") -> Iterator[str]:
+    """Every command line up to its options."""
+    if not isinstance(command, TyperGroup):
+        yield before
+        return
+    for name, inner in command.commands.items():
+        yield from verbs(inner, f"{before} {name}")
+
+
+def test_every_verb_of_the_command_line_has_an_example() -> None:
+    blocks = [block for block in BLOCKS["docs/commands.md"] if block.language == "sh"]
+    shown = [" ".join(words) for block in blocks for words in commands_of(block)]
+    wanted = list(verbs(typer.main.get_command(app)))
+    assert len(wanted) > 10
+    assert not [verb for verb in wanted if not any(line.startswith(verb) for line in shown)]
