@@ -145,6 +145,7 @@ def a_readers_folder(folder: Path) -> Iterator[None]:
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIRESTEEL_CATALOG", str(folder / "stand-in.yaml"))
+        patch.setenv("FIRESTEEL_HOME", str(folder / "home"))
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         try:
@@ -233,7 +234,8 @@ def run_command(words: Sequence[str], block: Block, files_run: set[str]) -> None
     runs = "not run" not in block.marks
     match list(words):
         case ["firesteel", *arguments] if runs:
-            app(arguments, prog_name="firesteel", standalone_mode=False)
+            status = app(arguments, prog_name="firesteel", standalone_mode=False)
+            assert status in (None, 0), f"{block.place}: {shlex.join(words)}: exit status {status}"
         case ["firesteel", *arguments]:
             parse_command(arguments)
         case ["python", script, *arguments] if runs:
