@@ -41,6 +41,10 @@ class CalibratedDpo:
         """The loss without its calibration; its metrics are ours but for the loss itself."""
         return DpoObjective(self.beta)
 
+    def margins(self, scores: PairScores) -> torch.Tensor:
+        """What accuracy is counted by: DPO's."""
+        return self.plain.margins(scores)
+
     def per_pair(self, scores: PairScores) -> torch.Tensor:
         """Loss of each pair, ``[N]``."""
         goal = 1 / (2 * self.beta)
