@@ -34,6 +34,7 @@ class CalibratedDpo:
     loss_name = "dpo_loss"
     shown = ("dpo_loss", "margin", "accuracy")
     best_by = ("accuracy", "margin", "dpo_loss")
+    margin_name = "margin"
     reads_prompt = False
 
     @property
