@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from training.utils.losses import DpoObjective, PairScores
+from training.utils.losses import DpoObjective, Margins, PairScores
 from training.utils.preference_settings import PreferenceSettings
 from training.utils.training_run import RunSummary, run_to_its_end
 from training.utils.training_settings import ReferenceSettings
@@ -42,7 +42,7 @@ class CalibratedDpo:
         """The loss without its calibration; its metrics are ours but for the loss itself."""
         return DpoObjective(self.beta)
 
-    def margins(self, scores: PairScores) -> torch.Tensor:
+    def margins(self, scores: PairScores) -> Margins:
         """What accuracy is counted by: DPO's."""
         return self.plain.margins(scores)
 
