@@ -46,7 +46,7 @@ from training.utils.sft_data import read_sft_row
 ROOT = Path(__file__).parent.parent
 LANGUAGES = ("python", "sh", "yaml", "json", "jsonl", "text")
 ROWS = 20
-"""Rows of `pairs.jsonl` and `chats.jsonl`, which stand for the reader's own data."""
+"""Rows of `pairs.jsonl`, `eval.jsonl` and `chats.jsonl`, which stand for the reader's own data."""
 
 _OPEN = re.compile(r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?(?P<rest>.*)$')
 _MARK = re.compile(r"^<!-- (?P<kind>not run|refused): (?P<words>.+) -->$")
@@ -138,7 +138,7 @@ def a_readers_folder(folder: Path) -> Iterator[None]:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         file.write_text("".join(f"{json.dumps(with_short_answers(row))}\n" for row in rows), encoding="utf-8")
     own = {"pairs.jsonl": "preferences/train.jsonl", "chats.jsonl": "sft_then_dpo/chats.jsonl"}
-    for name, example in own.items():
+    for name, example in {**own, "eval.jsonl": "preferences/heldout.jsonl"}.items():
         lines = (folder / "examples" / example).read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:ROWS]), encoding="utf-8")
     write_file(folder / "stand-in.yaml", "models: {}\n")
