@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := src tests examples benchmarks compat
+CODE := src tests examples benchmarks compat docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow compat faults soak check format bench bench-scaling clean
+.PHONY: help setup demo test test-slow compat faults soak check format docs bench bench-scaling clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ format: setup ## Format the code and mend what lint can mend
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
+docs: setup ## Build the documentation site into build/site, from the pages and the schemas; a broken link fails
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --clean --strict
+
 bench: $(VENV)/.installed-slow ## Compare with TRL on this machine (an hour or more; ONLY=c-lora-cold runs one cell)
 	$(BIN)/firesteel models pull smollm2-135m-instruct
 	$(BIN)/python benchmarks/compare.py --json benchmarks/results.json $(foreach cell,$(ONLY),--only $(cell))
@@ -61,4 +65,4 @@ bench-scaling: setup ## Cost by sequence length, batch and rows; memory by token
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/scaling.json
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
