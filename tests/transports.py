@@ -101,7 +101,9 @@ def serving(service: Service) -> Iterator[Server]:
     app = build_app(service)
     key = keys.create(service.records, "test")[1]
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=5, http="h11", loop="asyncio"
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -10,15 +10,16 @@ rows to export, is in `training_run`; here is what makes it DPO: the settings, a
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from training.utils.losses import DpoLoss, DpoObjective
 from training.utils.preference_settings import PreferenceSettings
-from training.utils.reference_pass import ReferenceMode
-from training.utils.training_run import RunSummary, run_to_its_end
-from training.utils.training_settings import ReferenceSettings
+from training.utils.training_settings import ReferenceMode, ReferenceSettings
+
+if TYPE_CHECKING:
+    from training.utils.training_run import RunSummary
 
 WITH_REFERENCE = tuple(loss for loss in get_args(DpoLoss) if DpoObjective(1.0, loss=loss).uses_reference)
 OF_THE_OBJECTIVE = {
@@ -91,4 +92,8 @@ class Config(PreferenceSettings):
 
 def main(config: Config) -> RunSummary:
     """Train and export; see `run_to_its_end`."""
+    from training.utils.training_run import (
+        run_to_its_end,  # the settings alone, as for --help, are there at once
+    )
+
     return run_to_its_end(config)

@@ -9,13 +9,15 @@ per token. How a run goes, from rows to export, is in `training_run`; the loss i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from training.utils.odds_ratio import NllSpan, OrpoObjective
 from training.utils.preference_settings import PreferenceSettings
-from training.utils.training_run import RunSummary, run_to_its_end
+
+if TYPE_CHECKING:
+    from training.utils.training_run import RunSummary
 
 
 class Config(PreferenceSettings):
@@ -36,4 +38,8 @@ class Config(PreferenceSettings):
 
 def main(config: Config) -> RunSummary:
     """Train and export; see `run_to_its_end`."""
+    from training.utils.training_run import (
+        run_to_its_end,  # the settings alone, as for --help, are there at once
+    )
+
     return run_to_its_end(config)

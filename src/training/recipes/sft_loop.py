@@ -10,13 +10,15 @@ How a run goes, from rows to export, is in `training_run`. DPO may start from wh
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from training.utils.sft_learner import SftLearner
-from training.utils.training_run import RunSummary, run_to_its_end
 from training.utils.training_settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from training.utils.sft_learner import SftLearner
+    from training.utils.training_run import RunSummary
 
 
 class Config(TrainingSettings):
@@ -30,6 +32,8 @@ class Config(TrainingSettings):
     @property
     def learner(self) -> SftLearner:
         """See `TrainingSettings.learner`."""
+        from training.utils.sft_learner import SftLearner
+
         return SftLearner()
 
     @property
@@ -40,4 +44,8 @@ class Config(TrainingSettings):
 
 def main(config: Config) -> RunSummary:
     """Train and export; see `run_to_its_end`."""
+    from training.utils.training_run import (
+        run_to_its_end,  # the settings alone, as for --help, are there at once
+    )
+
     return run_to_its_end(config)

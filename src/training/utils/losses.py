@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from firesteel.sdk.types import Datum, FloatArray
-from training.utils.pairs import DistinctDatums, PreferencePair
 
 if TYPE_CHECKING:
     import torch
+
+    from training.utils.pairs import PreferencePair
 
 
 class PairObjective(Protocol):
@@ -209,6 +210,8 @@ def score_pairs(
     Raises ValueError if the counts of pairs, or of a side's scored tokens, do not match.
     """
     import torch
+
+    from training.utils.pairs import DistinctDatums
 
     places = DistinctDatums.of(pairs).places
     if len(logprobs) not in (max(places) + 1, len(places)) or len(references) != len(pairs):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from training.utils.losses import PairObjective
-from training.utils.pair_learner import PairLearner
 from training.utils.training_settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from training.utils.pair_learner import PairLearner
 
 
 class PreferenceSettings(TrainingSettings):
@@ -23,6 +27,8 @@ class PreferenceSettings(TrainingSettings):
     @property
     def learner(self) -> PairLearner:
         """See `TrainingSettings.learner`."""
+        from training.utils.pair_learner import PairLearner
+
         return PairLearner(self.objective)
 
     @property

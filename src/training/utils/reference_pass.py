@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
@@ -27,8 +26,8 @@ from training.utils.reference_cache import (
 )
 from training.utils.rendering import Renderer
 from training.utils.row_sets import RowSet
+from training.utils.training_settings import ReferenceMode
 
-ReferenceMode = Literal["upfront", "lazy"]
 RECORDED_PAIRS = 8
 """Of how many pairs a checkpoint keeps what the reference says."""
 SAME_NUMERICS = 1e-5

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from firesteel.sdk import AdamParams
 from training.utils.config import TensorBoardConfig, TrackioConfig, TrainerConfig, WandBConfig
-from training.utils.learner import Learner
-from training.utils.reference_pass import ReferenceMode
 from training.utils.run_settings import RUN_SETTINGS_THAT_MAY_CHANGE, RunSettings, at_home
 from training.utils.schedules import Schedule
 from training.utils.trackers import Trackers
+
+if TYPE_CHECKING:
+    from training.utils.learner import Learner
+
+ReferenceMode = Literal["upfront", "lazy"]
+"""When the reference is asked: for all rows before training, or for each batch as it comes up."""
 
 
 @dataclass(frozen=True)
