@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from firesteel.engine import attention
 from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, VerificationFailed
-from training.recipes.dpo_loop import Config, RunSummary, main
+from training.recipes.dpo_loop import Config, main
 from training.utils.evaluation import Answers
+from training.utils.training_run import RunSummary
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
 TIMED |= {"reference/cache_hits", "reference/computed"}

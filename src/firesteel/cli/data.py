@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from firesteel.cli.recipes import read_settings
+from firesteel.cli.recipes import CONFIGS, read_settings
 from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -209,20 +209,13 @@ def _settings(
     heldout: Path | None,
 ) -> TrainingSettings:
     """Of the run to estimate; a FILE on the command line takes the place of its own."""
-    from training.recipes import dpo_loop, orpo_loop, sft_loop
-
     values = read_settings(file, assignments)
     if len(files) > 1:
         raise ConfigError("--estimate is of a run, which has one FILE")
     values |= {"dataset": str(files[0])} if files else {}
     values |= {"eval_dataset": str(heldout)} if heldout else {}
     values.setdefault("log_path", "runs/estimated")  # nothing is written there
-    recipes: dict[str, type[TrainingSettings]] = {
-        "dpo": dpo_loop.Config,
-        "orpo": orpo_loop.Config,
-        "sft": sft_loop.Config,
-    }
-    return recipes[recipe](**values)
+    return CONFIGS[recipe](**values)
 
 
 def _check(flags: _Flags, kind: RowKind[Any], *, list_all: bool, on_stderr: bool) -> Check:

@@ -44,7 +44,11 @@ def doctor(
         content = {"fine": not problems, "findings": [asdict(finding) for finding in found]}
         typer.echo(json.dumps(content, indent=1))
     else:
-        typer.echo(f"\n{len(problems)} problems" if problems else "\nnothing here would stop a run")
+        typer.echo(
+            f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            if problems
+            else "\nnothing here would stop a run"
+        )
     if problems:
         raise typer.Exit(2)
 
@@ -146,15 +150,10 @@ def _server(address: str) -> Finding:
 
 
 def _read(file: Path, recipe: str) -> TrainingSettings:
-    from firesteel.cli.recipes import read_config
-    from training.recipes import dpo_loop, orpo_loop, sft_loop
+    from firesteel.cli.recipes import CONFIGS, read_config
 
-    configs: dict[str, type[TrainingSettings]] = {
-        "dpo": dpo_loop.Config,
-        "orpo": orpo_loop.Config,
-        "sft": sft_loop.Config,
-    }
-    return configs[recipe](**read_config(file))
+    # Where the run will be is often said on the command line only; nothing is written there.
+    return CONFIGS[recipe](**{"log_path": "runs/looked-at", **read_config(file)})
 
 
 def _torch(config: TrainingSettings | None, remote: bool) -> Iterator[Finding]:

@@ -16,6 +16,12 @@ from firesteel import yaml_file
 from firesteel.sdk.errors import ConfigError
 from training.recipes import dpo_loop, orpo_loop, sft_loop
 from training.utils.config import Settings
+from training.utils.training_settings import TrainingSettings
+
+CONFIGS: Mapping[str, type[TrainingSettings]] = {
+    config.recipe: config for config in (dpo_loop.Config, orpo_loop.Config, sft_loop.Config)
+}
+"""The settings of every recipe, by its verb."""
 
 
 def register(app: typer.Typer) -> None:
