@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from firesteel.sdk import UserError
-from training.recipes.dpo_loop import Config, RunSummary, main
+from training.recipes.dpo_loop import Config, main
+from training.utils.training_run import RunSummary
 
 REQUIRED_ACCURACY = 0.8
 
