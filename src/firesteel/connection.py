@@ -35,18 +35,19 @@ def connect(
     """
     from firesteel.sdk.service_client import ServiceClient
 
-    address = _choose_address(base_url)
+    address = chosen_address(base_url)
     if address != "local":
         _refuse_no_server(address)
         from firesteel.sdk.http_transport import HTTPTransport
 
-        return ServiceClient(HTTPTransport(address, _choose_key(api_key), additional_headers), provisioning)
+        return ServiceClient(HTTPTransport(address, chosen_key(api_key), additional_headers), provisioning)
     from firesteel.engine.engine import Engine
 
     return ServiceClient(Engine(), provisioning)
 
 
-def _choose_address(base_url: str | None) -> str:
+def chosen_address(base_url: str | None = None) -> str:
+    """Where the model work runs: an address, or `local`. By argument, or by the environment."""
     own = os.environ.get("FIRESTEEL_BASE_URL") or None
     if base_url is None:
         return (own or os.environ.get("FIREWORKS_BASE_URL") or "local").rstrip("/")
@@ -58,7 +59,8 @@ def _choose_address(base_url: str | None) -> str:
     return base_url.rstrip("/")
 
 
-def _choose_key(api_key: str | None) -> str | None:
+def chosen_key(api_key: str | None = None) -> str | None:
+    """The key for it, likewise."""
     return api_key or os.environ.get("FIRESTEEL_API_KEY") or os.environ.get("FIREWORKS_API_KEY") or None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,24 @@ def test_a_disk_that_is_too_full_is_a_problem(tmp_path: Path) -> None:
     settings = config(tmp_path, dcp_save_interval=1, keep_last=2)
     verdicts = [next(estimate.disk(settings, free)).verdict for free in (35, 34)]
     assert verdicts == ["ok", "problem"]  # a third is there before the oldest goes
+
+
+def test_checkpoints_that_are_all_kept_cannot_be_said_to_fit(tmp_path: Path) -> None:
+    estimate = Estimate(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
+    (finding,) = estimate.disk(config(tmp_path, dcp_save_interval=1), 10**9)
+    assert finding.verdict == "note"
+    assert "data check --estimate" in (finding.todo or "")
+
+
+def test_a_missing_tracker_is_what_it_is_to_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("wandb", "trackio") else there(name)
+    )
+    settings = config(tmp_path, wandb={"project": "x"})
+    assert problems(settings) == {}
+    assert found(settings)["wandb"].verdict == "note"
+    assert "pip install" in problems(config(tmp_path, trackio={"project": "x"}))["trackers"]
 
 
 def test_a_run_that_can_start_has_no_problem_and_a_finished_one_is_noted(tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ def test_an_earlier_run_moves_aside_and_nothing_is_deleted(tmp_path: Path) -> No
     assert (tmp_path / "notes.txt").read_text() == "the user's own"
 
 
+def test_a_report_or_curves_of_the_users_own_do_not_make_a_folder_anothers(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "tensorboard").mkdir()
+    start(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/metrics.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds metrics\.jsonl, but is not the folder of a run"):
+        start(tmp_path / "other")
+
+
 def test_a_gap_in_the_numbers_is_never_filled(tmp_path: Path) -> None:
     (tmp_path / "previous-7").mkdir(parents=True)
     (tmp_path / "previous-old").mkdir()

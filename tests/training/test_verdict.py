@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,35 @@ def test_an_answer_is_given_where_the_interval_lies_on_one_side_of_a_coin(
     tmp_path: Path, accuracy: float, rows: int, kind: str
 ) -> None:
     assert verdict_of(run_with(tmp_path, {"accuracy": accuracy, "tie_rate": 0.0}, rows)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"), [(0.9, 0.65, "no"), (0.9, 0.9, "unclear"), (0.6, 0.9, "yes")]
+)
+def test_who_preferred_the_chosen_answers_before_must_do_so_more(
+    tmp_path: Path, before: float, after: float, kind: str
+) -> None:
+    """ORPO, simpo and `reference: base` do not start at ties: 0.65 after 0.9 is no learning."""
+    start, end = ({"accuracy": value, "tie_rate": 0.0} for value in (before, after))
+    run = run_with(tmp_path, end, 200, before=start)
+    held = run.heldout
+    assert held is not None
+    moved = [replace(row, value=row.value + (after - before) * (1 + row.line % 2)) for row in held.after.rows]
+    changed = replace(run, heldout=replace(held, after=replace(held.after, rows=moved)))
+    assert verdict_of(changed).kind == kind
+
+
+def test_ties_are_not_taken_for_preferring_the_rejected_answers(tmp_path: Path) -> None:
+    verdict = verdict_of(run_with(tmp_path, {"accuracy": 0.35, "tie_rate": 0.45}))
+    assert (verdict.kind, "still ties" in verdict.answer) == ("unclear", True)
+
+
+def test_a_loss_that_rose_by_less_than_is_shown_is_not_past_its_best(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {"loss": 0.6931472}, before={"loss": 0.6931472})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"train/step": 10, "eval/loss": 0.6931471}\n{"train/step": 11, "eval/loss": 0.6931472}\n')
+    assert not [w for w in verdict_of(read_run(tmp_path)).warnings if "lowest" in w]
+    assert run.after
 
 
 def test_an_interval_that_was_logged_is_taken(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def clear(
     chosen = [entry for entry in entries if entry.age_days >= (older_than or 0)]
     if not yes and chosen:
         parts = ", ".join(f"{count} {kind}" for kind, count in Counter(e.kind for e in chosen).items())
-        typer.confirm(f"clear {parts}, {_size(sum(entry.bytes for entry in chosen))}?", abort=True)
+        typer.confirm(f"clear {parts}, {_size(sum(entry.bytes for entry in chosen))}?", abort=True, err=True)
     done = list(clear(chosen))
     younger = len(entries) - len(chosen)
     if as_json:

@@ -98,6 +98,8 @@ def check(
     )
     if not as_json:
         _print_reports(reports, flags)
+        if len(files) > 1:
+            typer.echo("Each file was looked at by itself; --heldout FILE compares two.")
     cost = None
     if config is not None and not bad:
         from training.utils.data_estimate import estimate as estimate_run
@@ -137,10 +139,16 @@ def convert(
             help="A row that cannot be converted ends it with nothing written, or is left out and told."
         ),
     ] = "fail",
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it is there.")] = False,
 ) -> None:
     """Write the rows of a file in another form. What would lose or add something is refused with its line."""
     from training.utils.data_forms import convert_file
 
+    if out is not None and out.exists():
+        if out.samefile(file):
+            raise ConfigError(f"--out {out}: that is the file itself; name another")
+        if not force:
+            raise ConfigError(f"--out {out}: there is such a file; --force replaces it")
     converted = convert_file(str(file), to, out, on_bad_row, lambda line: typer.echo(line))
     for error in converted.refused:
         typer.echo(f"left out: {error}", err=True)

@@ -62,12 +62,13 @@ def _print(finding: Finding, new_section: bool) -> None:
 
 def _findings(config_file: Path | None, recipe: str) -> Iterator[Finding]:
     from firesteel import installation
+    from firesteel.connection import chosen_address
 
     yield from _machine()
     yield from installation.findings()
     yield from _kept()
-    server = os.environ.get("FIRESTEEL_BASE_URL")
-    if server and server != "local":
+    server = chosen_address()
+    if server != "local":
         yield _server(server)
     config: TrainingSettings | None = None
     if config_file is not None:
@@ -79,7 +80,7 @@ def _findings(config_file: Path | None, recipe: str) -> Iterator[Finding]:
         from training.utils.needs import findings_before_torch
 
         yield from findings_before_torch(config)
-    yield from _torch(config, remote=bool(server and server != "local"))
+    yield from _torch(config, remote=server != "local")
 
 
 def _machine() -> Iterator[Finding]:
@@ -130,17 +131,18 @@ def _kept() -> Iterator[Finding]:
 def _server(address: str) -> Finding:
     import httpx2
 
+    from firesteel.connection import chosen_key
     from firesteel.installation import masked
 
     shown = masked("FIRESTEEL_BASE_URL", address)
-    todo = "start it with `firesteel serve`, or unset FIRESTEEL_BASE_URL to train in this process"
+    todo = "start it with `firesteel serve`, or set FIRESTEEL_BASE_URL=local to train in this process"
     try:
-        headers = {"x-api-key": os.environ.get("FIRESTEEL_API_KEY", "")}
+        headers = {"x-api-key": chosen_key() or ""}
         answer = httpx2.get(f"{address.rstrip('/')}/status", headers=headers, timeout=_SERVER_SECONDS)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         return Finding("server", shown, f"cannot be reached: {error}", "problem", todo)
     if answer.status_code in (401, 403):
-        says = "it does not take this key" if os.environ.get("FIRESTEEL_API_KEY") else "it asks for a key"
+        says = "it does not take this key" if chosen_key() else "it asks for a key"
         return Finding(
             "server", shown, says, "problem", "set FIRESTEEL_API_KEY; `firesteel keys create` makes one"
         )

@@ -79,7 +79,7 @@ def rm(
         size = _human(sum(map(store.size_below, [*folders, *(leftover.path for leftover in left)])))
         shared = f" It is the model of {', '.join(others)}, too." if others else ""
         where = ", ".join(map(str, folders))
-        typer.confirm(f"remove {name}, {size}, in {where}?{shared}", abort=True)
+        typer.confirm(f"remove {name}, {size}, in {where}?{shared}", abort=True, err=True)
     half = sum(map(removal.remove_leftover, left))
     removed = [removal.remove(folder, name) for folder in folders]
     freed, elsewhere = half + sum(r.freed for r in removed), sum(r.kept_elsewhere for r in removed)

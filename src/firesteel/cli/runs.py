@@ -61,7 +61,9 @@ def rm(
     row = row_of(run)
     if not yes:
         typer.confirm(
-            f"delete {row.path}, {row.bytes / 1e6:,.1f} MB, {len(row.checkpoints)} checkpoints?", abort=True
+            f"delete {row.path}, {row.bytes / 1e6:,.1f} MB, {len(row.checkpoints)} checkpoints?",
+            abort=True,
+            err=True,
         )
     remove_run(run)
     typer.echo(json.dumps({"deleted": row.path}) if as_json else f"deleted {run}")

@@ -40,7 +40,7 @@ def _figures(figures: Figures) -> Iterator[str]:
     yield f"  different prompts: {figures.prompts:,}"
     if figures.unit == "tokens" and figures.saved_by_sharing:
         yield f"  not computed, since answers begin alike: {figures.saved_by_sharing:.1%} of the tokens"
-    if figures.longer_is_chosen is not None:
+    if figures.longer_is_chosen is not None and figures.longer_is_chosen.out_of:
         yield f"  the longer response is the chosen one: {figures.longer_is_chosen}"
 
 

@@ -47,8 +47,12 @@ def findings_before_torch(config: TrainingSettings) -> Iterator[Finding]:
             yield _data(name, path)
     yield _run_folder(Path(config.log_path))
     if (config.wandb.project or config.wandb.entity) and importlib.util.find_spec("wandb") is None:
-        says = "settings for Weights & Biases, which is not installed"
-        yield Finding("config", "wandb", says, "problem", "pip install 'firesteel[wandb]'")
+        says = "settings for Weights & Biases, which is not installed: a run goes on without"
+        yield Finding("config", "wandb", says, "note", "pip install 'firesteel[wandb]'")
+    try:
+        config.trackers.refuse_missing()
+    except FiresteelError as error:
+        yield Finding("config", "trackers", str(error), "problem")
 
 
 def _model(name: str, subject: str) -> Iterator[Finding]:
@@ -190,17 +194,21 @@ class Estimate:
 
     def disk(self, config: TrainingSettings, free: int) -> Iterator[Finding]:
         """Compared with what is free at the run's folder."""
-        kept = (
-            (config.keep_last or 0) + 1 if config.dcp_save_interval else 0
-        )  # a new one is there before an old one goes
+        # A new one is there before an old one goes.
+        kept = (config.keep_last or 0) + 1 + bool(config.keep_best) if config.dcp_save_interval else 0
         least = kept * self.state + self.exported
         says = f"{size(self.exported)} for the result"
         if config.dcp_save_interval:
             many = f"{config.keep_last} are kept" if config.keep_last else "all are kept (keep_last)"
             says += f", {size(self.state)} for each checkpoint, of which {many}"
         values = {"least": least, "each_checkpoint": self.state, "free": free}
-        enough = least <= free
-        yield Finding(
-            "config", "disk", f"{says}; {size(free)} are free", "ok" if enough else "problem",
-            None if enough else "make room, keep fewer checkpoints, or name another log_path", values,
-        )  # fmt: skip
+        says += f"; {size(free)} are free"
+        if least > free:
+            todo = "make room, keep fewer checkpoints, or name another log_path"
+            yield Finding("config", "disk", says, "problem", todo, values)
+        elif config.dcp_save_interval and (config.keep_last is None or config.keep_every):
+            # How many there will be depends on the rows, which are not read here.
+            todo = "`firesteel data check --estimate` counts them; keep_last bounds them"
+            yield Finding("config", "disk", says, "note", todo, values)
+        else:
+            yield Finding("config", "disk", says, values=values)

@@ -115,7 +115,7 @@ def report_at_the_end(run: Path) -> str:
     started = time.monotonic()
     try:
         written = write_report([run])
-    except (StorageError, ConfigError) as error:
+    except (StorageError, ConfigError, OSError) as error:  # the last: of what draws, where it keeps its files
         return f"report: not written: {error}; once that is mended: firesteel report {run}"
     return f"report: {written} ({time.monotonic() - started:.1f} s)"
 

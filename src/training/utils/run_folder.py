@@ -248,7 +248,8 @@ def _locked(path: Path, takeover: bool) -> Lock:
 
 
 def _refuse_foreign(path: Path) -> None:
-    present = [name for name in RUN_FILES if (path / name).exists()]
+    mine = {REPORT, "tensorboard"}  # a run replaces neither: they may be of somebody else's making
+    present = [name for name in RUN_FILES if name not in mine and (path / name).exists()]
     if present and not is_a_run(path / "config.json"):
         raise ConfigError(
             f"log_path: {path} holds {', '.join(present)}, but is not the folder of a run; name another folder"

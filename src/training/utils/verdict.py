@@ -22,6 +22,8 @@ MAIN_LOSSES = ("dpo_loss", "orpo_loss", "sft_loss", "loss")
 """The first of these that a run has is its loss."""
 MARGINS = {"margin": "margin", "log_odds_ratio": "log odds ratio"}
 COIN = 0.5
+SEEN = 1e-3
+"""A loss that has risen by less is the same to people."""
 FEW = 30
 """Held-out rows: fewer tell little."""
 
@@ -80,16 +82,40 @@ def _by_accuracy(run: RunRecord) -> tuple[Kind, str]:
     if run.after.get("tie_rate", 0) > COIN:
         return "no", "No: most held-out margins are still ties. The policy has hardly moved."
     if interval.low > COIN:
-        return "yes", "Yes: it prefers the chosen answers of rows that it was not trained on."
-    if interval.high < COIN:
+        return _since_the_start(run)
+    if _surely_rejected(run):
         return (
             "no",
             "No: it prefers the rejected answers. Look whether chosen and rejected are the wrong way round.",
         )
+    if interval.high < COIN:
+        return "unclear", "Not shown: many held-out margins are still ties. Train longer."
     return (
         "unclear",
         "Not shown: these held-out rows do not tell it from a coin. Train longer, or hold out more.",
     )
+
+
+def _surely_rejected(run: RunRecord) -> bool:
+    """Whether even with every tie taken as right less than half would be."""
+    share = min(run.after["accuracy"] + run.after.get("tie_rate", 0.0), 1.0)
+    rows = _rows(run)
+    return (wilson(share, rows).high if rows else share) < COIN
+
+
+def _since_the_start(run: RunRecord) -> tuple[Kind, str]:
+    """Of a policy that prefers the chosen answers: whether it did so before. At the reference all margins are ties."""
+    yes = "Yes: it prefers the chosen answers of rows that it was not trained on."
+    if "accuracy" not in run.before or run.before.get("tie_rate", 0.0) > COIN:
+        return "yes", yes
+    change = _change_of_rows(run.heldout) if run.heldout else None
+    if change is None:
+        change = Interval(*[run.after["accuracy"] - run.before["accuracy"]] * 2)
+    if change.low > 0:
+        return "yes", f"{yes[:-1]}, and more so than before training."
+    if change.high < 0:
+        return "no", "No: it prefers the chosen answers, but less than it did before training."
+    return "unclear", "Not shown: it prefers the chosen answers, as it did before training."
 
 
 def _by_loss(run: RunRecord) -> tuple[Kind, str]:
@@ -176,7 +202,7 @@ def _past_its_best(run: RunRecord) -> Iterator[str]:
         return
     best = min(range(len(series.values)), key=lambda i: _or_infinite(float(series.values[i])))
     lowest, gained = float(series.values[best]), series.first - float(series.values[best])
-    if series.steps[best] > 0 and series.last > lowest + 0.1 * max(gained, 1e-9):
+    if series.steps[best] > 0 and series.last > lowest + max(0.1 * gained, SEEN):
         yield (
             f"The held-out {loss} was lowest after step {int(series.steps[best]):,} ({lowest:.4f}) and has risen to "
             f"{series.last:.4f}: train shorter, or keep the best checkpoint (keep_best)."

@@ -188,3 +188,15 @@ def test_a_preview_can_be_read_by_programs(tmp_path: Path) -> None:
     assert [row["line"] for row in rows] == [1, 2]
     assert [part["name"] for part in rows[0]["parts"]] == ["prompt", "chosen", "rejected"]
     assert rows[0]["parts"][1]["pieces"] == [{"text": "yes 0<|im_end|>", "tokens": 6, "scored": True}]
+
+
+def test_a_conversion_replaces_no_file_unasked_and_never_its_own(tmp_path: Path) -> None:
+    source, out = Path(write_rows(tmp_path / "pairs.jsonl", 3)), tmp_path / "out.jsonl"
+    out.write_text("precious")
+    for target, reason in ((out, "--force replaces it"), (source, "that is the file itself")):
+        before = target.read_text()
+        with pytest.raises(ConfigError, match=reason):
+            firesteel("convert", source, "--to", "samples", "--out", target)
+        assert target.read_text() == before
+    assert firesteel("convert", source, "--to", "samples", "--out", out, "--force").exit_code == 0
+    assert "samples" in out.read_text()

@@ -122,6 +122,15 @@ def test_a_server_is_asked_and_one_that_is_not_there_is_a_problem(
     assert found["server", server.url]["says"].startswith("cannot be reached")
 
 
+def test_the_guides_variables_name_a_server_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIREWORKS_BASE_URL", "http://127.0.0.1:9")
+    code, found = in_json()
+    assert code == 2
+    assert found["server", "http://127.0.0.1:9"]["says"].startswith("cannot be reached")
+    monkeypatch.setenv("FIRESTEEL_BASE_URL", "local")
+    assert in_json()[0] == 0
+
+
 def test_a_device_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRESTEEL_DEVICE", "abacus")
     code, found = in_json()
