@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Verdict = Literal["ok", "note", "problem"]
+FindingLevel = Literal["ok", "note", "problem"]
 """`note` is worth knowing; with a `problem` a run would stop."""
 
 
@@ -17,7 +17,7 @@ class Finding:
     section: str
     subject: str
     says: str
-    verdict: Verdict = "ok"
+    verdict: FindingLevel = "ok"
     todo: str | None = None
     """How to mend it: a command where there is one."""
     values: Mapping[str, Any] = field(default_factory=dict)

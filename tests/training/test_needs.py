@@ -14,7 +14,7 @@ from firesteel.catalog import load_catalog
 from firesteel.finding import Finding
 from firesteel.model_size import ModelSize
 from training.recipes.dpo_loop import Config, main
-from training.utils.needs import PROGRAM_BYTES, Device, Estimate, findings_before_torch, findings_on
+from training.utils.needs import PROGRAM_BYTES, Device, RunNeeds, findings_before_torch, findings_on
 from training.utils.run_folder import RunFolder
 
 ROOMY = Device(("cpu",), 10**15)
@@ -85,14 +85,14 @@ def test_what_stays_must_fit_and_activations_should(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_full_is_a_problem(tmp_path: Path) -> None:
-    estimate = Estimate(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
+    estimate = RunNeeds(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
     settings = config(tmp_path, dcp_save_interval=1, keep_last=2)
     verdicts = [next(estimate.disk(settings, free)).verdict for free in (35, 34)]
     assert verdicts == ["ok", "problem"]  # a third is there before the oldest goes
 
 
 def test_checkpoints_that_are_all_kept_cannot_be_said_to_fit(tmp_path: Path) -> None:
-    estimate = Estimate(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
+    estimate = RunNeeds(weights=0, trained=0, activations=0, tokens=0, state=10, exported=5)
     (finding,) = estimate.disk(config(tmp_path, dcp_save_interval=1), 10**9)
     assert finding.verdict == "note"
     assert "data check --estimate" in (finding.todo or "")

@@ -13,7 +13,7 @@ import typer
 from firesteel.sdk.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from training.utils.sampling import Answer, Exchange, Sampling, Tried
+    from training.utils.sampling import Exchange, SampledAnswer, Sampling, Tried
 
 
 def sample(
@@ -88,7 +88,7 @@ def _shown(exchange: Exchange) -> str:
     return "\n".join([*lines, f"{name} {_said(exchange.answer)}", ""])
 
 
-def _said(answer: Answer) -> str:
+def _said(answer: SampledAnswer) -> str:
     return answer.text + (
         f" … (cut at {answer.tokens} tokens; --max-tokens allows more)" if answer.cut else ""
     )

@@ -117,7 +117,7 @@ def findings_on(config: TrainingSettings, device: Device) -> Iterator[Finding]:
         folder = store.find(load_catalog().resolve_model(config.base_model))
         yield Finding("config", "trainer", "; ".join(f"{shape.name}: {shape.dtype}" for shape in shapes))
         if folder is not None:
-            estimate = Estimate.of(config, ModelSize.of(folder), shapes)
+            estimate = RunNeeds.of(config, ModelSize.of(folder), shapes)
             yield estimate.memory(device.free)
             yield from estimate.disk(config, machine.disk_free(Path(config.log_path)))
     except FiresteelError as error:
@@ -141,7 +141,7 @@ def _shapes(config: TrainingSettings, kinds: Sequence[str]) -> list[TrainingShap
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunNeeds:
     """Bytes."""
 
     weights: int
@@ -157,7 +157,7 @@ class Estimate:
     exported: int
 
     @classmethod
-    def of(cls, config: TrainingSettings, model: ModelSize, shapes: Sequence[TrainingShape]) -> Estimate:
+    def of(cls, config: TrainingSettings, model: ModelSize, shapes: Sequence[TrainingShape]) -> RunNeeds:
         """By the numbers of parameters."""
         policy, *references = shapes
         item, frozen = ITEM_BYTES[policy.dtype], sum(ITEM_BYTES[shape.dtype] for shape in references)

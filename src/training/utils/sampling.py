@@ -51,7 +51,7 @@ GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """What a model said."""
 
     text: str
@@ -61,7 +61,9 @@ class Answer:
     """It had not ended when the limit came."""
 
 
-def ask(client: ReconnectableClient, renderer: Renderer, prompt: str, sampling: Sampling = GREEDY) -> Answer:
+def ask(
+    client: ReconnectableClient, renderer: Renderer, prompt: str, sampling: Sampling = GREEDY
+) -> SampledAnswer:
     """The answer to one user message, through the tokenizer's chat template."""
     question = renderer.question(prompt)
     left = client.description.max_context_length - len(question)
@@ -72,7 +74,7 @@ def ask(client: ReconnectableClient, renderer: Renderer, prompt: str, sampling: 
         seed=sampling.seed,
     )
     drawn = client.sample(question, 1, params).sequences[0]
-    return Answer(renderer.answer_text(drawn.tokens), len(drawn.tokens), drawn.stop_reason == "length")
+    return SampledAnswer(renderer.answer_text(drawn.tokens), len(drawn.tokens), drawn.stop_reason == "length")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class Exchange:
     """A prompt, and what was said to it."""
 
     prompt: str
-    answer: Answer
-    base: Answer | None
+    answer: SampledAnswer
+    base: SampledAnswer | None
     """Of the base model, where that was asked, too."""
 
 
