@@ -26,4 +26,4 @@ class Finding:
 
 def size(count: float) -> str:
     """Bytes for people: `5.1 GB`."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

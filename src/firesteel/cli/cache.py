@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from firesteel.finding import size as shown_size
 from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ def list_all(as_json: _Json = False) -> None:
         typer.echo(json.dumps(content, indent=1))
         return
     cells = [("CACHE", "SIZE", "AGE", "WHAT")]
-    cells += [(entry.kind, _size(entry.bytes), f"{entry.age_days:.1f} d", _holds(entry)) for entry in entries]
-    cells += [("-", _size(each.bytes), "-", f"{each.path}: {each.what}") for each in kept]
+    cells += [
+        (entry.kind, shown_size(entry.bytes), f"{entry.age_days:.1f} d", _holds(entry)) for entry in entries
+    ]
+    cells += [("-", shown_size(each.bytes), "-", f"{each.path}: {each.what}") for each in kept]
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     for kind, size, age, what in cells:
         typer.echo(f"{kind:{widths[0]}}  {size:>{widths[1]}}  {age:>{widths[2]}}  {what}")
     total = sum(entry.bytes for entry in entries)
-    typer.echo(f"{_size(total)} of caches in {home()}; `firesteel cache clear` frees what no run uses")
+    typer.echo(f"{shown_size(total)} of caches in {home()}; `firesteel cache clear` frees what no run uses")
 
 
 @app.command()
@@ -60,7 +63,9 @@ def clear(
     chosen = [entry for entry in entries if entry.age_days >= (older_than or 0)]
     if not yes and chosen:
         parts = ", ".join(f"{count} {kind}" for kind, count in Counter(e.kind for e in chosen).items())
-        typer.confirm(f"clear {parts}, {_size(sum(entry.bytes for entry in chosen))}?", abort=True, err=True)
+        typer.confirm(
+            f"clear {parts}, {shown_size(sum(entry.bytes for entry in chosen))}?", abort=True, err=True
+        )
     done = list(clear(chosen))
     younger = len(entries) - len(chosen)
     if as_json:
@@ -75,12 +80,8 @@ def _say(done: list[Cleared], younger: int) -> None:
         what = f"stays: {each.stays_because}" if each.stays_because else "cleared"
         typer.echo(f"{each.entry.kind}: {each.entry.path}: {what}")
     stay = f"; {younger} were written since, and stay" if younger else ""
-    typer.echo(f"{_size(sum(each.freed for each in done))} freed{stay}")
+    typer.echo(f"{shown_size(sum(each.freed for each in done))} freed{stay}")
 
 
 def _holds(entry: CacheEntry) -> str:
     return f"{entry.path}: {entry.holds}{', in use' if entry.in_use else ''}"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -13,6 +13,7 @@ import typer
 from firesteel import removal, store
 from firesteel.catalog import Catalog, load_catalog
 from firesteel.fetching import shown_on_stderr
+from firesteel.finding import size as shown_size
 from firesteel.sdk.errors import ModelError
 
 app = typer.Typer(help="List, fetch and remove models.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,7 +43,7 @@ def list_models(
     cells = [("NAME", "SOURCE", "SIZE", "WHERE")]
     for row in rows:
         state = row.path if row.status == "ready" else row.problem or row.status
-        cells.append((row.name, row.source, _human(row.size), str(state)))
+        cells.append((row.name, row.source, "-" if row.size is None else shown_size(row.size), str(state)))
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     for name, source, size, state in cells:
         typer.echo(f"{name:{widths[0]}}  {source:{widths[1]}}  {size:>{widths[2]}}  {state}")
@@ -76,7 +77,7 @@ def rm(
     left = [leftover for leftover in removal.leftovers() if leftover.of in names]
     others = [other for other in _names_of(names, catalog) if other != name]
     if not yes:
-        size = _human(sum(map(store.size_below, [*folders, *(leftover.path for leftover in left)])))
+        size = shown_size(sum(map(store.size_below, [*folders, *(leftover.path for leftover in left)])))
         shared = f" It is the model of {', '.join(others)}, too." if others else ""
         where = ", ".join(map(str, folders))
         typer.confirm(f"remove {name}, {size}, in {where}?{shared}", abort=True, err=True)
@@ -90,9 +91,11 @@ def rm(
     for each in removed:
         typer.echo(f"removed {each.path}")
     stays = (
-        f", {_human(elsewhere)} stay in the Hugging Face cache, which has the same files" if elsewhere else ""
+        f", {shown_size(elsewhere)} stay in the Hugging Face cache, which has the same files"
+        if elsewhere
+        else ""
     )
-    typer.echo(f"{_human(freed)} freed{stays}")
+    typer.echo(f"{shown_size(freed)} freed{stays}")
 
 
 def _names_of(folders: set[str], catalog: Catalog) -> Iterator[str]:
@@ -141,9 +144,3 @@ def _leftover_row(leftover: removal.Leftover) -> ModelRow:
     path = leftover.path
     problem = f"{path}: of a fetch that was killed; `firesteel cache clear leftovers` removes it"
     return ModelRow(leftover.of, "?", "left over", str(path), store.size_below(path), problem)
-
-
-def _human(size: int | None) -> str:
-    if size is None:
-        return "-"
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

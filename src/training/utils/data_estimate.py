@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from firesteel.finding import size
 from firesteel.sdk.types import IntArray
 from firesteel.sealed import storage_errors
 from firesteel.store import home
@@ -89,10 +90,10 @@ class Estimate:
         for name, seconds in parts:
             if seconds >= 0.05:
                 yield f"  {name}: {_duration(seconds)}"
-        yield f"  memory: {_size(self.peak_memory_bytes)} at its peak"
+        yield f"  memory: {size(self.peak_memory_bytes)} at its peak"
         yield (
-            f"  disk: {_size(self.disk_total_bytes)}: export {_size(self.disk_export_bytes)}, checkpoints "
-            f"{_size(self.disk_checkpoints_bytes)}, caches {_size(self.disk_caches_bytes)}"
+            f"  disk: {size(self.disk_total_bytes)}: export {size(self.disk_export_bytes)}, checkpoints "
+            f"{size(self.disk_checkpoints_bytes)}, caches {size(self.disk_caches_bytes)}"
         )
 
 
@@ -214,7 +215,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

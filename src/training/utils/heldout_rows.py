@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from firesteel.sdk.types import Datum, FloatArray
+from firesteel.sdk.types import Datum
 from firesteel.sealed import replace_file, storage_errors
+from training.utils.losses import summed_nll, weight_of
 from training.utils.run_folder import HELDOUT
 
 if TYPE_CHECKING:
+    import torch
+
     from training.utils.losses import PairObjective, PairScores
 
 DIGITS = 6
@@ -65,12 +68,11 @@ def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjec
     return HeldoutRows(objective.margin_name, rows)
 
 
-def row_of_nll(line: int, datum: Datum, logprobs: FloatArray) -> HeldoutRow:
+def row_of_nll(line: int, datum: Datum, logprobs: torch.Tensor) -> HeldoutRow:
     """The mean negative log-likelihood of a sequence's learned tokens, by their weights."""
-    weights = datum.loss_fn_inputs["weights"].to_numpy().astype(np.float64)
-    learned = weights != 0
-    nll = -(logprobs[learned] * weights[learned]).sum() / weights[learned].sum()
-    return HeldoutRow(line, float(nll), {"learned": int(learned.sum())})
+    learned = int(np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy()))
+    nll = float(summed_nll([datum], [logprobs])) / weight_of(datum)
+    return HeldoutRow(line, nll, {"learned": learned})
 
 
 def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:

@@ -71,7 +71,7 @@ class SftLearner:
             logprobs = [output["logprobs"].to_torch() for output in outputs]
             loss += float(summed_nll(data, logprobs))
             total += sum(map(weight_of, data))
-            told += [row_of_nll(i.line, i.datum, row.numpy()) for i, row in zip(items, logprobs, strict=True)]
+            told += [row_of_nll(i.line, i.datum, row) for i, row in zip(items, logprobs, strict=True)]
         keep(HeldoutRows(self.loss_name, told))
         return nll_metrics(loss / total)
 
