@@ -323,11 +323,15 @@ HANDLERS = [
 
 
 def test_all_errors_are_only_caught_at_a_border() -> None:
-    # The border of the engine, those of service and command line, and the try-out of unknown architectures.
-    borders = ("firesteel.engine.engine", "firesteel.service", "firesteel.cli", "firesteel.engine.models")
+    # The border of the engine, those of service and command line, the try-out of unknown architectures, and trackers.
+    borders = (
+        *("firesteel.engine.engine", "firesteel.service", "firesteel.cli", "firesteel.engine.models"),
+        *("training.utils.sinks", "training.utils.trackers"),
+    )
     everywhere = [(module, node.lineno) for module, node in HANDLERS if "Exception" in _caught(node)]
     assert [(module, line) for module, line in everywhere if not _within(module, *borders)] == []
-    for module in ("firesteel.engine.engine", "firesteel.engine.models"):
+    single = ("firesteel.engine.engine", "firesteel.engine.models")
+    for module in (*single, "training.utils.sinks", "training.utils.trackers"):
         assert sum(place == module for place, _ in everywhere) <= 1
 
 

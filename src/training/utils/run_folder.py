@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -184,6 +185,22 @@ class RunFolder:
         previous = self.new_previous()
         self.move(present, previous)
         return previous
+
+    def put_back(self, previous: Path | None) -> None:
+        """Undo `set_aside` for a run that could not begin; what that has written meanwhile is removed."""
+        if Holder.of(self.path) != self._holder:  # taken over: what stands here now is another's
+            return
+        with storage_errors(self.path, 0):
+            for name in self.there_are(RUN_FILES):
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if previous is None:
+                return
+            for name in reversed(RUN_FILES):  # first what says that it is a run, last where it would go on
+                if (previous / name).exists():
+                    (previous / name).rename(self.path / name)
+            previous.rmdir()
+            sync(self.path)
 
     def new_previous(self, copied: Iterable[str] = ()) -> Path:
         """A new `previous-<n>/` with copies of these files, as far as they exist."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
@@ -51,17 +51,26 @@ class JsonlSink:
 
 
 class MetricsLog:
-    """All sinks of a run."""
+    """All sinks of a run. Its own file must be written; a tracker that fails is told of, and left (ADR 12)."""
 
-    def __init__(self, path: Path, trackers: Sequence[Sink] = ()) -> None:
-        """Open `path`; the trackers are open, and are closed with it."""
-        self._trackers = trackers
-        self._jsonl = JsonlSink(path)
+    def __init__(
+        self, path: Path, trackers: Sequence[Sink] = (), warn: Callable[[str], None] = print
+    ) -> None:
+        """Open `path`; the trackers are open, and are closed with it. `warn` is told of one that fails."""
+        self._trackers = list(trackers)
+        self._warn = warn
+        with ExitStack() as on_failure:
+            on_failure.callback(self._close_trackers)
+            self._jsonl = JsonlSink(path)
+            on_failure.pop_all()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every sink."""
-        for sink in (self._jsonl, *self._trackers):
-            sink.log(step, metrics)
+        self._jsonl.log(step, metrics)
+        for tracker in list(self._trackers):
+            if not self._worked(tracker, f"step {step}", lambda sink: sink.log(step, metrics)):
+                self._trackers.remove(tracker)
+                self._worked(tracker, "closing it", lambda sink: sink.close())
 
     def synced(self) -> int:
         """See `JsonlSink.synced`."""
@@ -69,9 +78,23 @@ class MetricsLog:
 
     def close(self) -> None:
         """Finish every sink, whatever becomes of the others."""
-        with ExitStack() as stack:
-            for sink in (*self._trackers, self._jsonl):
-                stack.callback(sink.close)
+        self._close_trackers()
+        self._jsonl.close()
+
+    def _close_trackers(self) -> None:
+        for tracker in self._trackers:
+            self._worked(tracker, "closing it", lambda sink: sink.close())
+
+    def _worked(self, tracker: Sink, what: str, action: Callable[[Sink], None]) -> bool:
+        try:
+            action(tracker)
+        except Exception as error:  # noqa: BLE001  # whatever fails in somebody else's program
+            self._warn(
+                f"warning: {what}: tracker {type(tracker).__name__} failed: {type(error).__name__}: {error}; it is "
+                "told nothing more of this run, metrics.jsonl has all numbers"
+            )
+            return False
+        return True
 
 
 def logged(path: Path) -> Iterator[dict[str, float]]:

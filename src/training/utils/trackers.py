@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,20 +55,45 @@ class Trackers:
                 )
 
     def opened(self, run: TrackedRun) -> list[Sink]:
-        """One sink for each."""
+        """One sink for each. Raises `ConfigError` for one that cannot be opened; then none is open."""
         sinks: list[Sink] = []
+        with ExitStack() as on_failure:
+            for opener in self._openers():
+                sink = opener.opened(run)
+                on_failure.callback(sink.close)
+                sinks.append(sink)
+            on_failure.pop_all()
+        return sinks
+
+    def _openers(self) -> Iterator[_Opener]:
         if self.wandb.project or self.wandb.entity:
             if importlib.util.find_spec("wandb") is None:
                 logger.warning(
                     "wandb is configured but not installed (pip install 'firesteel[wandb]'); going on without"
                 )
             else:
-                sinks.append(WandBSink(run, self.wandb))
-        if self.trackio.project:
-            sinks.append(TrackioSink(run, self.trackio.project, self.trackio.run_name))
+                offline = "set WANDB_MODE=offline to write into the run folder"
+                yield _Opener("wandb", lambda run: WandBSink(run, self.wandb), offline)
+        if project := self.trackio.project:
+            yield _Opener("trackio", lambda run: TrackioSink(run, project, self.trackio.run_name))
         if self.tensorboard.enabled:
-            sinks.append(TensorBoardSink(run))
-        return sinks
+            yield _Opener("tensorboard", TensorBoardSink)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    name: str
+    make: Callable[[TrackedRun], Sink]
+    instead: str = "mend that"
+
+    def opened(self, run: TrackedRun) -> Sink:
+        try:
+            return self.make(run)
+        except Exception as error:  # whatever fails in somebody else's program: ADR 12
+            raise ConfigError(
+                f"{self.name}: it is asked for, but cannot be opened: {type(error).__name__}: {error}; {self.instead}, "
+                "or leave it out"
+            ) from error
 
 
 class WandBSink:
@@ -77,7 +102,7 @@ class WandBSink:
     def __init__(self, run: TrackedRun, settings: WandBConfig) -> None:
         import wandb
 
-        told = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+        told = os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False)
         mode: Literal["offline"] | None = None if told else "offline"
         self._run = wandb.init(
             entity=settings.entity,
@@ -105,19 +130,16 @@ class TrackioSink:
         import trackio
 
         name = run_name or run.folder.absolute().name
-        try:
-            with _hub_left_alone():
-                self._run = trackio.init(
-                    project,
-                    name if run.done is None else f"{name} from step {run.done}",
-                    group=name,
-                    config=dict(run.config),
-                    embed=False,
-                    auto_log_gpu=False,
-                    auto_log_cpu=False,
-                )
-        except ValueError as error:
-            raise ConfigError(f"trackio: {error}") from error
+        with _hub_left_alone():
+            self._run = trackio.init(
+                project,
+                name if run.done is None else f"{name} from step {run.done}",
+                group=name,
+                config=dict(run.config),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queue one record; a thread of trackio's writes it."""

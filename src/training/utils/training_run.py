@@ -54,7 +54,7 @@ from training.utils.row_sets import RowSet, SelectedRows, select_rows
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
-from training.utils.sinks import MetricsLog, logged
+from training.utils.sinks import MetricsLog, Sink, logged
 from training.utils.stopping import stopping_on_signals
 from training.utils.trackers import TrackedRun
 from training.utils.training_settings import (
@@ -138,14 +138,11 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
         stop = stack.enter_context(stopping_on_signals())
         trainers = stack.enter_context(closing(load(run, service)))
         # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
-        for line in begin(folder, start, config):
-            display.say(line)
+        trackers = begin(run)
+        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, trackers, display.say)))
         total, ran_by = run.epochs.total_steps, trainers.policy.description
         Environment.of_a_run(config.recipe, total, ran_by, data).write(folder.environment)
         begun()
-        done = start.position.step if isinstance(start, GoOn) else None
-        trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved(), done))
-        metrics = stack.enter_context(closing(MetricsLog(folder.metrics, trackers)))
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
         kept = Retention(config.keep_last, config.keep_every, config.keep_best)
@@ -204,17 +201,6 @@ def summary_of_finished(start: Finished, display: Display, config: TrainingSetti
         raise CheckpointError(f"{config.log_path}/summary.json is not one of this program: {error}") from None
 
 
-def begin(folder: RunFolder, start: Start | GoOn, config: TrainingSettings) -> Iterator[str]:
-    """Make the folder ready; yields what people should know."""
-    if isinstance(start, GoOn):
-        yield f"going on from {start.checkpoint}"
-        yield from start.said
-        yield from rewind(folder, start)
-    elif previous := folder.set_aside():
-        yield f"{config.log_path} held an earlier run: moved to {previous}"
-    folder.write_config(config.resolved())
-
-
 def split_pairs(sets: Sequence[RowSet[Any]], config: TrainingSettings) -> Split[Any]:
     """Training and held-out rows: from a file each, or drawn from one."""
     train, *heldout = sets
@@ -249,6 +235,25 @@ class Run:
     def epochs(self) -> Epochs:
         """The order of the training rows."""
         return epochs_of(self.config, self.split)
+
+
+def begin(run: Run) -> list[Sink]:
+    """Make the folder this run's, and open its trackers; if one refuses, an earlier run is there as before."""
+    folder, start, config = run.folder, run.start, run.config
+    if isinstance(start, GoOn):
+        for line in (f"going on from {start.checkpoint}", *start.said, *rewind(folder, start)):
+            run.display.say(line)
+        folder.write_config(config.resolved())
+        return config.trackers.opened(TrackedRun(folder.path, config.resolved(), start.position.step))
+    previous = folder.set_aside()
+    with ExitStack() as on_failure:
+        on_failure.callback(folder.put_back, previous)
+        folder.write_config(config.resolved())
+        trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved()))
+        on_failure.pop_all()
+    if previous:
+        run.display.say(f"{config.log_path} held an earlier run: moved to {previous}")
+    return trackers
 
 
 def build_service(config: TrainingSettings) -> ServiceClient:
