@@ -11,6 +11,7 @@ afterwards (a disk, a hand) is what the hashes are for.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ from firesteel.sdk.errors import FiresteelError, StorageError
 MANIFEST = "manifest.json"
 # What a refusal to write is raised as: libraries that write safetensors do not raise the system's own.
 WRITE_ERRORS = (OSError, SafetensorError)
+_NOT_FOR_LACK_OF_ROOM = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 _READ_BYTES = 2**22
 
 
@@ -247,9 +249,9 @@ def storage_errors(target: Path, bytes_needed: int) -> Iterator[None]:
     except FiresteelError:  # some of ours are the system's kind of error, too
         raise
     except WRITE_ERRORS as error:
+        room = "" if isinstance(error, OSError) and error.errno in _NOT_FOR_LACK_OF_ROOM else "make room, or "
         raise StorageError(
-            f"{target} was not written, {bytes_needed:,} bytes: {error}; make room, or name a folder that can be "
-            "written to"
+            f"{target} was not written, {bytes_needed:,} bytes: {error}; {room}name a folder that can be written to"
         ) from error
 
 

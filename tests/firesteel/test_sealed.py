@@ -110,6 +110,13 @@ def test_a_disk_that_fills_up_in_between_is_told_with_path_and_bytes(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_to_make_room_is_no_advice_where_room_is_not_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError, match=r"No such file or directory.*; name a folder that can be written to$"
+    ):
+        replace_file(tmp_path / "no such folder/a", b"1")
+
+
 def test_a_name_is_not_taken_twice(tmp_path: Path) -> None:
     write(tmp_path / "a", one=b"1")
     with pytest.raises(StorageError, match="exists already"):

@@ -9,19 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.utils.accuracy import (
-    LONGEST_NAME,
-    MOST_SOURCES,
     Traits,
     accuracy_metrics,
     length_controlled,
     pair_shares,
     rows_of,
     source_metrics,
-    sources_left_out,
 )
 from training.utils.intervals import wilson
 from training.utils.losses import Margins
 from training.utils.pairs import PreferencePair, build_dpo_datums
+from training.utils.sources import LONGEST_NAME, MOST_SOURCES, sources_left_out
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 lengths = st.lists(st.integers(-3, 3), min_size=1, max_size=30)
@@ -115,8 +113,16 @@ def test_each_source_has_its_accuracy_margin_and_count() -> None:
     found = source_metrics(np.array([True, False, True, False]), np.array([3.0, -1.0, 2.0, 0.0]), pairs)
     forum = {"source/forum/accuracy": 0.5, "source/forum/margin": 1.0, "source/forum/count": 2}
     lab = {"source/lab/accuracy": 0.0, "source/lab/margin": 0.0, "source/lab/count": 1}
-    none = {"source/none/accuracy": 1.0, "source/none/margin": 2.0, "source/none/count": 1}
+    none = {"source/(none)/accuracy": 1.0, "source/(none)/margin": 2.0, "source/(none)/count": 1}
     assert found == {"sources": 3, **forum, **lab, **none}
+
+
+def test_sources_that_are_called_other_or_none_are_not_mixed_with_those_left_out() -> None:
+    names = [*(f"s{number:02}" for number in range(MOST_SOURCES + 5)), "other", "none", "other", "none"]
+    pairs = [*(pair for name in names for pair in traits(0, source=name)), *traits(0, 0)]
+    found = source_metrics(np.ones(len(pairs), bool), np.ones(len(pairs)), pairs)
+    counts = {name: found[f"source/{name}/count"] for name in ("other", "none", "(none)", "(others)")}
+    assert counts == {"other": 2, "none": 2, "(none)": 2, "(others)": 8}
 
 
 def test_rows_without_a_source_have_none_of_these() -> None:
@@ -133,7 +139,9 @@ def test_the_metrics_of_sources_are_bounded_and_no_pair_is_lost(numbers: list[in
     assert len(counted) <= MOST_SOURCES + 1
     assert found["sources"] == len(set(numbers))
     assert (
-        ("source/other/count" in found) == (len(set(numbers)) > MOST_SOURCES) == bool(sources_left_out(found))
+        ("source/(others)/count" in found)
+        == (len(set(numbers)) > MOST_SOURCES)
+        == bool(sources_left_out(found))
     )
 
 
@@ -143,7 +151,7 @@ def test_the_most_frequent_sources_are_told_apart_and_of_equal_ones_the_first_by
     found = source_metrics(np.ones(len(pairs), bool), np.ones(len(pairs)), pairs)
     assert found["source/s21/count"] == 2
     assert "source/s18/count" in found
-    assert found["source/other/count"] == 2  # s19 and s20
+    assert found["source/(others)/count"] == 2  # s19 and s20
     assert "22 sources; the 20 most frequent" in str(sources_left_out(found))
 
 

@@ -36,6 +36,11 @@ def test_no_two_ticks_read_the_same_and_each_is_the_number_that_it_stands_for(
     assert read == pytest.approx(ticks, abs=apart / 50)
 
 
+def test_huge_numbers_have_powers_of_ten() -> None:
+    assert tick_labels([0.0, 2e30, 4e30]) == ["0", "2e30", "4e30"]
+    assert tick_labels([0.0, 2e6, 4e6]) == ["0", "2,000,000", "4,000,000"]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 40, 41, 2 * BINS])
 def test_every_step_of_a_short_series_is_on_the_line(steps: int) -> None:
     svg = draw_curves("a", [curve([float(i % 3) for i in range(steps)])])

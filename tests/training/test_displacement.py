@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import config, numbers
 
+from training.recipes import orpo_loop
 from training.recipes.dpo_loop import Config, main
-from training.utils.displacement import FEWEST_STEPS, LAST_STEPS, DisplacementWatch, standard_error
+from training.utils.displacement import (
+    FEWEST_STEPS,
+    LAST_STEPS,
+    DisplacementWatch,
+    since_start,
+    standard_error,
+)
+from training.utils.heldout_rows import HeldoutRow, HeldoutRows, read_heldout
 
 START = {
     "margin": 0.0,
@@ -64,8 +72,60 @@ def test_what_the_start_was_like_is_no_displacement() -> None:
     assert is_warned(heldout(6.0, -3.5), start)
 
 
-def test_a_loss_without_a_reference_has_none() -> None:
-    assert not is_warned({"margin": 5.0}, {"margin": 0.0})
+# Of a loss without a reference, since the start
+
+
+def pairs(*logps: tuple[float, float]) -> HeldoutRows:
+    rows = [
+        HeldoutRow(line, 0.0, {"chosen": 2, "rejected": 2}, 1, {"chosen": c, "rejected": r})
+        for line, (c, r) in enumerate(logps, start=1)
+    ]
+    return HeldoutRows("margin", rows)
+
+
+def test_what_changed_since_the_start_is_counted_pair_by_pair() -> None:
+    found = since_start(pairs((-10, -20), (-30, -40)), pairs((-11, -25), (-33, -41)))
+    assert found == {
+        "since_start/chosen": -2.0,  # of -1 and -3
+        "since_start/rejected": -3.0,
+        "since_start/chosen_stderr": pytest.approx(1.0),  # √2 / √2
+    }
+
+
+def test_a_start_that_is_not_known_for_every_pair_says_nothing() -> None:
+    now = pairs((-1, -1), (-2, -2))
+    assert since_start(None, now) == {}
+    assert since_start(pairs((-1, -1)), now) == {}
+    bare = HeldoutRows("margin", [HeldoutRow(line, 0.0, {"chosen": 1, "rejected": 1}) for line in (1, 2)])
+    assert since_start(bare, now) == since_start(now, bare) == {}
+
+
+def test_the_pairs_of_one_list_are_one_observation() -> None:
+    def list_of(*logps: float) -> HeldoutRows:
+        rows = [
+            HeldoutRow(1, 0.0, {"chosen": 1, "rejected": 1}, place, {"chosen": logp, "rejected": logp})
+            for place, logp in enumerate(logps, start=1)
+        ]
+        return HeldoutRows("margin", rows)
+
+    found = since_start(list_of(0, 0, 0), list_of(-1, -2, -3))
+    assert found["since_start/chosen_stderr"] == pytest.approx(1.0)  # the deviation itself, over √1
+
+
+@pytest.mark.parametrize("name", ["margin", "log_odds_ratio"])
+def test_a_loss_without_a_reference_is_held_to_its_own_start(name: str) -> None:
+    def heldout(margin: float, chosen: float) -> dict[str, float]:
+        changes = {"since_start/chosen": chosen, "since_start/rejected": chosen - 5}
+        return {name: margin, **changes, "since_start/chosen_stderr": 0.1}
+
+    start = {name: 0.5}
+    (said,) = DisplacementWatch().verdict(start, heldout(2.0, -3.0))
+    assert f"the {name.replace('_', ' ')} has grown from +0.500 to +2.000" in said
+    assert "change of logp since the start, chosen -3.00 ± 0.20, rejected -8.00" in said
+    assert ("orpo_lambda" in said) == (name == "log_odds_ratio")
+    assert not is_warned(heldout(2.0, -0.1), start)  # within noise
+    assert not is_warned(heldout(0.4, -3.0), start)
+    assert not is_warned({name: 5.0}, start)
 
 
 def test_it_is_said_once_and_says_what_to_try() -> None:
@@ -150,3 +210,32 @@ def test_a_run_that_goes_on_judges_by_all_its_steps(tmp_path: Path) -> None:
     parts = main(displacing(tmp_path / "parts", dcp_save_interval=4))
     assert numbers(tmp_path / "parts/run") == numbers(tmp_path / "whole/run")
     assert parts.warnings == whole.warnings != []
+
+
+def changes_since_the_start(folder: Path, steps: int, side: str) -> list[float]:
+    before, after = (read_heldout(folder / "run", step) for step in (0, steps))
+    assert before
+    assert after
+    return [now.logps[side] - then.logps[side] for now, then in zip(after.rows, before.rows, strict=True)]
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_run_without_a_reference_compares_each_heldout_pair_with_its_start(
+    tmp_path: Path, loss: str
+) -> None:
+    """Here SimPO displaces; ORPO learns its chosen answers."""
+    common = {"eval_fraction": 0.4, "eval_interval": 3}
+    if loss == "simpo":
+        summary = main(displacing(tmp_path, **common, loss="simpo", beta=2.0, simpo_gamma=1.0))
+    else:
+        values = displacing(tmp_path, **common).model_dump(exclude_unset=True, exclude={"beta"})
+        summary = orpo_loop.main(orpo_loop.Config(**values))
+    said = ["change of logp since the start" in warning for warning in summary.warnings]
+    assert said == ([True] if loss == "simpo" else [])
+    for side in ("chosen", "rejected"):
+        changes = changes_since_the_start(tmp_path, summary.steps, side)
+        told = summary.after[f"since_start/{side}"]
+        assert told == pytest.approx(sum(changes) / len(changes), abs=1e-5)
+        assert told == pytest.approx(
+            summary.after[f"logps/{side}"] - summary.before[f"logps/{side}"], abs=1e-4
+        )

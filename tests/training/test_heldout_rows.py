@@ -15,7 +15,7 @@ from training.utils.report import write_report
 
 def test_what_is_written_is_read_and_a_value_that_is_no_number_stays_none(tmp_path: Path) -> None:
     rows = [
-        HeldoutRow(3, -1.5, {"chosen": 4, "rejected": 5}),
+        HeldoutRow(3, -1.5, {"chosen": 4, "rejected": 5}, 2, {"chosen": -3.25, "rejected": -7.0}),
         HeldoutRow(9, math.inf, {"chosen": 1, "rejected": 2}),
     ]
     write_heldout(tmp_path, 0, HeldoutRows("margin", rows))

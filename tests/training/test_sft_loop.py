@@ -86,6 +86,44 @@ def test_a_row_with_many_tokens_counts_by_its_tokens_and_not_as_a_row(rng: np.ra
     assert abs(loss.item() - means) > 1e-3
 
 
+def test_heldout_rows_have_the_loss_of_each_source_and_the_share_that_was_cut(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"Question {number}?",
+            "completion": " yes" * (1 + 40 * (number % 4 == 0)),
+            "weight": 1 + number % 3,
+            **({} if number % 4 == 1 else {"source": "long" if number % 4 == 0 else "short"}),
+        }
+        for number in range(12)
+    ]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(
+        tmp_path, eval_dataset=str(tmp_path / "held-out.jsonl"), max_seq_len=120, truncate="response_end"
+    )
+    summary = main(settings)
+    after = summary.after
+    assert after["truncated"] == 3 / 12
+    assert after["sources"] == 3
+    assert {name: after[f"source/{name}/count"] for name in ("long", "short", "(none)")} == {
+        "long": 3,
+        "short": 6,
+        "(none)": 3,
+    }
+    # The loss of all is that of the sources by what their learned tokens weigh.
+    file = tmp_path / f"run/heldout/step-{summary.steps}.jsonl"
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    weights = {"long": 0.0, "short": 0.0, "(none)": 0.0}
+    for row in written:
+        given = rows[row["line"] - 1]
+        weights[given.get("source", "(none)")] += row["learned_tokens"] * given["weight"]
+    parts = sum(weight * after[f"source/{name}/sft_loss"] for name, weight in weights.items())
+    assert after["sft_loss"] == pytest.approx(parts / sum(weights.values()), rel=1e-6)
+    assert after["source/long/sft_loss"] != pytest.approx(after["source/short/sft_loss"], rel=1e-2)
+    assert numbers(tmp_path / "run")[0]["eval/truncated"] == 3 / 12
+    steps = [line for line in numbers(tmp_path / "run") if "train/sft_loss" in line]
+    assert {line["train/truncated"] for line in steps} == {0.0}
+
+
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
 def test_a_run_makes_the_answers_likely_and_says_them(tmp_path: Path, rank: int) -> None:
     settings = config(

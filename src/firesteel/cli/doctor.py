@@ -177,7 +177,7 @@ def _torch(config: TrainingSettings | None, remote: bool) -> Iterator[Finding]:
         return
     yield Finding("devices", "used", f"{kinds[0]}", values={"kinds": kinds})
     if config is not None and remote:
-        yield Finding("config", "trainer", "at the server: memory and shapes are those there", "note")
+        yield Finding("needs", "trainer", "at the server: memory and shapes are those there", "note")
     elif config is not None:
         yield from findings_on(config, Device(kinds, capacity_of(kinds[0])))
 

@@ -6,8 +6,7 @@ A tie is not right, here as in `accuracy` itself. Every pair counts once, whatev
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,8 @@ from firesteel.sdk.types import BoolArray, Datum
 from training.utils.intervals import wilson
 from training.utils.losses import Margins
 from training.utils.pairs import PreferencePair
+from training.utils.sources import by_source, count_sources
 
-MOST_SOURCES = 20
-"""Sources with metrics of their own: the most frequent ones."""
-LONGEST_NAME = 60
-"""Of a source, in letters: some data keep a text in that field."""
-REST, UNNAMED = "other", "none"
 _Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -83,43 +78,16 @@ def accuracy_metrics(margins: Margins, traits: Sequence[Traits]) -> dict[str, fl
 
 
 def source_metrics(right: BoolArray, margins: _Floats, traits: Sequence[Traits]) -> dict[str, float]:
-    """Accuracy, mean margin and count of each source, and how many sources there are; empty where no row names one.
-
-    Only the `MOST_SOURCES` most frequent are told apart, of equal ones the first by name. All others are `other`, and
-    pairs that name none are `none`.
-    """
-    if all(pair.source is None for pair in traits):
-        return {}
-    names = [_name(pair.source) for pair in traits]
-    counts = Counter(names)
-    kept = sorted(counts, key=lambda name: (-counts[name], name))[:MOST_SOURCES]
-    groups = np.array([name if name in kept else REST for name in names])
-    metrics: dict[str, float] = {"sources": len(counts)}
-    for name in sorted(set(groups.tolist())):
-        members = groups == name
+    """Accuracy, mean margin and count of each source, and how many there are; empty where no row names one."""
+    sources = [pair.source for pair in traits]
+    metrics = count_sources(sources)
+    for name, members in by_source(sources):
         metrics |= {
             f"source/{name}/accuracy": float(right[members].mean()),
             f"source/{name}/margin": float(margins[members].mean()),
             f"source/{name}/count": int(members.sum()),
         }
     return metrics
-
-
-def sources_left_out(metrics: Mapping[str, float]) -> str | None:
-    """What people should know of held-out metrics that do not tell all sources apart."""
-    found = int(metrics.get("sources", 0))
-    if found <= MOST_SOURCES:
-        return None
-    return (
-        f"held out: {found} sources; the {MOST_SOURCES} most frequent have metrics of their own, the others are "
-        f"counted together as {REST}"
-    )
-
-
-def _name(source: str | None) -> str:
-    """As it stands in the name of a metric."""
-    name = " ".join((source or UNNAMED).split()) or UNNAMED
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _scored(datum: Datum) -> int:

@@ -30,7 +30,8 @@ COLOURS = 7
 """Of runs or sides; the page defines them as --c0, --c1, …"""
 BARS = 30
 TINY = 1e-3
-"""Ticks below this have powers of ten."""
+HUGE = 1e9
+"""Ticks below the one, and from the other on, have powers of ten."""
 MOST_DIGITS = 17
 CLIPPED_FROM = 200
 """From so many values on, a histogram's first and last bar hold the outermost half percent."""
@@ -207,10 +208,13 @@ def _label_ticks(axes: Axes) -> None:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Of the ticks of one axis: with as few digits as say each of them, with powers of ten where all are tiny."""
+    """Of the ticks of one axis: with as few digits as say each of them.
+
+    With powers of ten where all are tiny, or one is huge.
+    """
     largest = max((abs(tick) for tick in ticks), default=0.0)
     apart = min((b - a for a, b in pairwise(ticks)), default=largest or 1.0)
-    form = "e" if 0 < largest < TINY else "f"
+    form = "e" if 0 < largest < TINY or largest >= HUGE else "f"
     forms = (f",.{digits}{form}" for digits in range(MOST_DIGITS))
     exact = (
         f for f in forms if all(abs(float(f"{t:{f}}".replace(",", "")) - t) < apart / 100 for t in ticks)

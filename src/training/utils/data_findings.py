@@ -76,7 +76,7 @@ def leakage(heldout: RowArray, train: RowArray) -> Iterator[DataFinding]:
     same_row = np.isin(_row_keys(heldout, "content"), trained)
     if "turned" in (heldout.dtype.names or ()):  # preferences
         same_row |= np.isin(_row_keys(heldout, "turned"), trained)
-    text = "held-out rows are trained on themselves, or the other way round"
+    text = "held-out rows are among the training rows too, or there the other way round"
     yield from _about(same_row, heldout, "warning", "held-out-rows", text)
 
 

@@ -3,6 +3,8 @@
 A preference loss sees only the difference of both sides, and it often falls by making both less likely, the rejected
 one faster. Where that goes far, the probability goes to answers that nobody has looked at (arXiv 2410.08847). It is a
 property of the loss on these data and no fault of the program; whoever reads the curves should be able to tell.
+
+Less likely than under the reference, where the loss reads one; else than before training, pair by pair.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from training.utils.heldout_rows import HeldoutRow, HeldoutRows
 from training.utils.intervals import Z_95
 from training.utils.losses import TIE
 
@@ -21,7 +25,15 @@ LAST_STEPS = 20
 """Steps that are looked at where no pairs are held out."""
 FEWEST_STEPS = 8
 _OF_A_STEP = ("train/margin", "delta_logp/chosen", "delta_logp/rejected")
-_ADVICE = "try sft_weight, a larger beta or a lower learning_rate, and look at what the policy answers; docs/losses.md"
+Compared = Literal["delta_logp", "since_start"]
+"""With what log-probabilities are compared: the reference, or the policy before training."""
+_WORDS: dict[Compared, str] = {"delta_logp": "Δlogp", "since_start": "change of logp since the start,"}
+_LOOK = "and look at what the policy answers; docs/losses.md"
+# By the name of the margin: what the loss has to hold the chosen side up with.
+_ADVICE = {
+    "margin": f"try sft_weight, a larger beta or a lower learning_rate, {_LOOK}",
+    "log_odds_ratio": f"try a smaller orpo_lambda or a lower learning_rate, {_LOOK}",
+}
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,30 @@ class Reading:
 
     margin: float
     chosen: float
-    """Mean Δlogp of the chosen side: how much likelier than under the reference."""
+    """Mean log-probability of the chosen side, less that of what it is compared with."""
     rejected: float
     noise: float
     """Standard error of `chosen`."""
+    compared: Compared = "delta_logp"
+    margin_name: str = "margin"
 
     @classmethod
     def of_heldout(cls, metrics: Mapping[str, float]) -> Reading | None:
-        """None where a loss reads no reference, or a number is missing."""
-        names = ("margin", "delta_logp/chosen", "delta_logp/rejected", "delta_logp/chosen_stderr")
-        values = [metrics.get(name, math.nan) for name in names]
-        return cls(*values) if all(map(math.isfinite, values)) else None
+        """None where a number is missing."""
+        named = _named_margin(metrics)
+        compared: Compared = "delta_logp" if "delta_logp/chosen" in metrics else "since_start"
+        names = (f"{compared}/chosen", f"{compared}/rejected", f"{compared}/chosen_stderr")
+        margin, chosen, rejected, noise = (metrics.get(name, math.nan) for name in (named, *names))
+        known = all(map(math.isfinite, (margin, chosen, rejected, noise)))
+        return cls(margin, chosen, rejected, noise, compared, named) if known else None
+
+    @classmethod
+    def of_start(cls, metrics: Mapping[str, float]) -> Reading | None:
+        """Before training. What is compared with that is 0 then."""
+        named = _named_margin(metrics)
+        if "delta_logp/chosen" in metrics or named not in metrics:
+            return cls.of_heldout(metrics)
+        return cls(metrics[named], 0.0, 0.0, 0.0, "since_start", named)
 
     @classmethod
     def of_steps(cls, steps: Iterable[Mapping[str, float]]) -> Reading | None:
@@ -61,15 +86,43 @@ class Reading:
         if not (fell and self.margin > before.margin + TIE):
             return None
         return (
-            f"likelihood displacement: the margin has grown from {before.margin:+.3f} to {self.margin:+.3f}, but the "
-            f"chosen answers have become less likely too (Δlogp chosen {self.chosen:+.2f} ± {Z_95 * self.noise:.2f}, "
-            f"rejected {self.rejected:+.2f}): {_ADVICE}"
+            f"likelihood displacement: the {self.margin_name.replace('_', ' ')} has grown from {before.margin:+.3f} "
+            f"to {self.margin:+.3f}, but the chosen answers have become less likely too ({_WORDS[self.compared]} "
+            f"chosen {self.chosen:+.2f} ± {Z_95 * self.noise:.2f}, rejected {self.rejected:+.2f}): "
+            f"{_ADVICE[self.margin_name]}"
         )
+
+
+def _named_margin(metrics: Mapping[str, float]) -> str:
+    return "log_odds_ratio" if "log_odds_ratio" in metrics else "margin"
 
 
 def standard_error(values: np.ndarray[tuple[int], np.dtype[np.float64]], count: float) -> float:
     """Of the mean of these, of which so many are independent; not a number for fewer than two."""
     return float(values.std(ddof=1) / math.sqrt(count)) if len(values) > 1 else math.nan
+
+
+def since_start(start: HeldoutRows | None, now: HeldoutRows) -> dict[str, float]:
+    """How much likelier both sides of held-out pairs have become in the mean, and the standard error of the chosen one.
+
+    For a loss without a reference. Empty where it is not known for every pair what it was at the start.
+    """
+    before = {(row.line, row.pair): row.logps for row in start.rows} if start else {}
+    logps = [before.get((row.line, row.pair), {}) for row in now.rows]
+    if not all({"chosen", "rejected"} <= then.keys() for then in (*logps, *(row.logps for row in now.rows))):
+        return {}
+    changes = {
+        side: np.array([row.logps[side] - then[side] for row, then in zip(now.rows, logps, strict=True)])
+        for side in ("chosen", "rejected")
+    }
+    return {f"since_start/{side}": float(change.mean()) for side, change in changes.items()} | {
+        "since_start/chosen_stderr": standard_error(changes["chosen"], _lists(now.rows))
+    }
+
+
+def _lists(rows: Iterable[HeldoutRow]) -> int:
+    """How many rows these pairs are of: those of one list are no independent observations."""
+    return len({row.line for row in rows})
 
 
 class DisplacementWatch:
@@ -100,7 +153,7 @@ class DisplacementWatch:
         if heldout is None:
             now, start = Reading.of_steps(self._last), self._start
         else:
-            now, start = Reading.of_heldout(heldout), Reading.of_heldout(before)
+            now, start = Reading.of_heldout(heldout), Reading.of_start(before)
         found = now.displaced(start) if now and start else None
         return [found] if found else []
 

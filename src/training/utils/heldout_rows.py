@@ -1,6 +1,6 @@
 """What an evaluation says of each held-out row: `heldout/step-<n>.jsonl`, a line for each row.
 
-Two of them are kept, that of before training and the newest: 80 bytes a row each. There is no text in them; a row is
+Two of them are kept, that of before training and the newest: 140 bytes a pair each. There is no text in them; a row is
 found again by its line in the data file.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from training.utils.losses import PairObjective, PairScores
 
+_OF_SIDES = ("_tokens", "_logp")
 DIGITS = 6
 """Behind the point: a millionth of a nat."""
 
@@ -41,6 +42,8 @@ class HeldoutRow:
     """Scored tokens, by side."""
     pair: int = 1
     """Which of the pairs that the row makes: a ranked list makes several."""
+    logps: Mapping[str, float] = field(default_factory=dict)
+    """Log-probabilities summed over the scored tokens, by side; empty for rows without sides."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,22 @@ class HeldoutRows:
 
 
 def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjective) -> HeldoutRows:
-    """The margin of each pair, and how long its sides are."""
-    chosen, rejected = scores.chosen.tokens.tolist(), scores.rejected.tokens.tolist()
-    columns = zip(lines, objective.margins(scores).values.tolist(), chosen, rejected, strict=True)
+    """The margin of each pair, how long its sides are, and how likely."""
+    sides = {"chosen": scores.chosen, "rejected": scores.rejected}
+    tokens = {name: side.tokens.tolist() for name, side in sides.items()}
+    logps = {name: side.policy.tolist() for name, side in sides.items()}
     rows: list[HeldoutRow] = []
-    for line, margin, c, r in columns:
-        pair = rows[-1].pair + 1 if rows and rows[-1].line == line else 1
-        rows.append(HeldoutRow(line, margin, {"chosen": int(c), "rejected": int(r)}, pair))
+    for place, (line, margin) in enumerate(
+        zip(lines, objective.margins(scores).values.tolist(), strict=True)
+    ):
+        row = HeldoutRow(
+            line,
+            margin,
+            {name: int(counts[place]) for name, counts in tokens.items()},
+            rows[-1].pair + 1 if rows and rows[-1].line == line else 1,
+            {name: values[place] for name, values in logps.items()},
+        )
+        rows.append(row)
     return HeldoutRows(objective.margin_name, rows)
 
 
@@ -81,7 +93,8 @@ def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:
     for row in evaluated.rows:
         tokens = {f"{side}_tokens": count for side, count in row.tokens.items()}
         which = {"pair": row.pair} if row.pair > 1 else {}
-        told = {"line": row.line, **which, evaluated.measure: round(row.value, DIGITS), **tokens}
+        logps = {f"{side}_logp": round(logp, DIGITS) for side, logp in row.logps.items()}
+        told = {"line": row.line, **which, evaluated.measure: round(row.value, DIGITS), **tokens, **logps}
         content += orjson.dumps(told) + b"\n"
     with storage_errors(folder, len(content)):
         folder.mkdir(exist_ok=True)
@@ -107,15 +120,20 @@ def read_heldout(run: Path, step: int) -> HeldoutRows | None:
     try:
         lines = (run / heldout_name(step)).read_bytes().splitlines()
         records: list[dict[str, Any]] = [orjson.loads(line) for line in lines]
-        measure = next(n for n in records[0] if n not in ("line", "pair") and not n.endswith("_tokens"))
+        measure = next(n for n in records[0] if n not in ("line", "pair") and not n.endswith(_OF_SIDES))
         return HeldoutRows(measure, [_row(record, measure) for record in records])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return None
 
 
 def _row(record: Mapping[str, Any], measure: str) -> HeldoutRow:
-    value = record[measure]
     tokens = {n.removesuffix("_tokens"): int(c) for n, c in record.items() if n.endswith("_tokens")}
+    logps = {n.removesuffix("_logp"): _number(v) for n, v in record.items() if n.endswith("_logp")}
     return HeldoutRow(
-        int(record["line"]), math.nan if value is None else float(value), tokens, int(record.get("pair", 1))
+        int(record["line"]), _number(record[measure]), tokens, int(record.get("pair", 1)), logps
     )
+
+
+def _number(value: float | None) -> float:
+    """One that was not finite is null in JSON."""
+    return math.nan if value is None else float(value)

@@ -78,9 +78,10 @@ def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) 
         told[names.index("accuracy")] += f" (95 %: {low:.3f}–{high:.3f})"
     if "policy_preference" in metrics:  # of pairs
         told.append(f"own preference {metrics['policy_preference']:.3f}")
-    if "delta_logp/chosen" in metrics:  # there is a reference
-        chosen, rejected = metrics["delta_logp/chosen"], metrics["delta_logp/rejected"]
-        told.append(f"Δlogp chosen {chosen:+.2f} rejected {rejected:+.2f}")
+    for compared, words in (("delta_logp", "Δlogp"), ("since_start", "logp since the start:")):
+        if f"{compared}/chosen" in metrics:
+            chosen, rejected = metrics[f"{compared}/chosen"], metrics[f"{compared}/rejected"]
+            told.append(f"{words} chosen {chosen:+.2f} rejected {rejected:+.2f}")
     return f"held out after step {step}: " + "  ".join(told)
 
 

@@ -115,16 +115,16 @@ def findings_on(config: TrainingSettings, device: Device) -> Iterator[Finding]:
     try:
         shapes = _shapes(config, device.kinds)
         folder = store.find(load_catalog().resolve_model(config.base_model))
-        yield Finding("config", "trainer", "; ".join(f"{shape.name}: {shape.dtype}" for shape in shapes))
+        yield Finding("needs", "trainer", "; ".join(f"{shape.name}: {shape.dtype}" for shape in shapes))
         if folder is not None:
             estimate = RunNeeds.of(config, ModelSize.of(folder), shapes)
             yield estimate.memory(device.free)
             yield from estimate.disk(config, machine.disk_free(Path(config.log_path)))
     except FiresteelError as error:
-        yield Finding("config", "trainer", str(error), "problem")
+        yield Finding("needs", "trainer", str(error), "problem")
         return
     if folder is None:
-        yield Finding("config", "memory", "known once the model is here", "note")
+        yield Finding("needs", "memory", "known once the model is here", "note")
 
 
 def _shapes(config: TrainingSettings, kinds: Sequence[str]) -> list[TrainingShape]:
@@ -186,11 +186,11 @@ class RunNeeds:
         values = {"most": most, "stays": stays, "free": free, "activations": self.activations}
         if stays > free:
             todo = "train an adapter (lora_rank), use a smaller model, or a larger machine"
-            return Finding("config", "memory", says, "problem", todo, values)
+            return Finding("needs", "memory", says, "problem", todo, values)
         if most > free:
             todo = "a smaller trainer.activation_token_budget, or max_seq_len"
-            return Finding("config", "memory", says, "note", todo, values)
-        return Finding("config", "memory", says, values=values)
+            return Finding("needs", "memory", says, "note", todo, values)
+        return Finding("needs", "memory", says, values=values)
 
     def disk(self, config: TrainingSettings, free: int) -> Iterator[Finding]:
         """Compared with what is free at the run's folder."""
@@ -205,10 +205,10 @@ class RunNeeds:
         says += f"; {size(free)} are free"
         if least > free:
             todo = "make room, keep fewer checkpoints, or name another log_path"
-            yield Finding("config", "disk", says, "problem", todo, values)
+            yield Finding("needs", "disk", says, "problem", todo, values)
         elif config.dcp_save_interval and (config.keep_last is None or config.keep_every):
             # How many there will be depends on the rows, which are not read here.
             todo = "`firesteel data check --estimate` counts them; keep_last bounds them"
-            yield Finding("config", "disk", says, "note", todo, values)
+            yield Finding("needs", "disk", says, "note", todo, values)
         else:
-            yield Finding("config", "disk", says, values=values)
+            yield Finding("needs", "disk", says, values=values)

@@ -57,6 +57,7 @@ from training.utils.row_values import (
     Row,
     keys_found,
     outer_form,
+    read_source,
     read_weight,
     refuse_unread,
     required,
@@ -88,7 +89,7 @@ def read_row(raw: bytes, line: int) -> tuple[str, PreferenceExample]:
     row = parse_row(raw)
     form = _form_of(row)
     refuse_unread(row)
-    return form.name, replace(form.read(row, line), weight=read_weight(row), source=_source(row))
+    return form.name, replace(form.read(row, line), weight=read_weight(row), source=read_source(row))
 
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "fail") -> PreferenceFile:
@@ -177,13 +178,6 @@ def _read_text(row: Row, line: int) -> TextExample:
     refuse_what_text_leaves_out(row)
     refuse_same_texts(chosen, rejected, "rejected")
     return TextExample(chosen, rejected, line)
-
-
-def _source(row: Row) -> str | None:
-    source = row.get("source")
-    if source is not None and not isinstance(source, str):
-        raise ExampleError("source", f"{shown(source)}; expected a string, the name of where the row is from")
-    return source
 
 
 def _sides(row: Row) -> set[str]:

@@ -85,6 +85,12 @@ def _plans(runs: Mapping[str, RunRecord]) -> Iterator[Plan]:
             "Chosen below 0: likelihood displacement.",
             0,
         ),
+        Plan(
+            "Change of log-probability since the start, held out (nats)",
+            ("since_start/chosen", "since_start/rejected"),
+            "Chosen below 0: likelihood displacement.",
+            0,
+        ),
         Plan("Mean log-probability of a token (nats)", ("chosen_avg_lp", "rejected_avg_lp")),
         *(Plan(f"Loss ({n})", (n,)) for n in names if n.endswith("_loss") and n != loss),
         Plan(
@@ -158,13 +164,17 @@ def _told(curve: Curve) -> str:
 
 
 def _by_source(run: RunRecord) -> Iterator[Figure]:
-    found = {
-        name.removeprefix(SOURCE_PREFIX).removesuffix("/accuracy"): series
-        for name, series in run.metrics.series.items()
-        if name.startswith(SOURCE_PREFIX) and name.endswith("/accuracy")
-    }
-    if not found:
-        return
+    for measure, title, level in (("accuracy", "accuracy", 0.5), ("sft_loss", "loss", None)):
+        found = {
+            name.removeprefix(SOURCE_PREFIX).removesuffix(f"/{measure}"): series
+            for name, series in run.metrics.series.items()
+            if name.startswith(SOURCE_PREFIX) and name.endswith(f"/{measure}")
+        }
+        if found:
+            yield _of_sources(f"Held-out {title} by source", found, level)
+
+
+def _of_sources(title: str, found: Mapping[str, Series], level: float | None) -> Figure:
     shown = list(found.items())[:COLOURS]
     curves = [
         Curve(name, series.steps, series.values, place, True) for place, (name, series) in enumerate(shown)
@@ -172,7 +182,7 @@ def _by_source(run: RunRecord) -> Iterator[Figure]:
     left_out = (
         f"The first {COLOURS} of {len(found)} sources; the table has all." if len(found) > COLOURS else ""
     )
-    yield _figure(Plan("Held-out accuracy by source", ("source",), left_out, 0.5), curves)
+    return _figure(Plan(title, ("source",), left_out, level), curves)
 
 
 def _distribution(runs: Mapping[str, RunRecord]) -> Figure:

@@ -66,6 +66,14 @@ def read_weight(row: Row) -> float:
     return weight
 
 
+def read_source(row: Row) -> str | None:
+    """The name of where the row is from; None where it does not say. Raises ExampleError."""
+    source = row.get("source")
+    if source is not None and not isinstance(source, str):
+        raise ExampleError("source", f"{shown(source)}; expected a string, the name of where the row is from")
+    return source
+
+
 def field_path(place: str, key: str) -> str:
     """Where a key stands: `chosen.messages`."""
     return f"{place}.{key}" if place else key

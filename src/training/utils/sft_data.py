@@ -12,7 +12,7 @@ text        {"text": "…"}; all of it is learned
 
 A message's own `weight` (0 or 1, as OpenAI has it; `train` or `loss` in other programs' files) says whether an
 assistant's turn is learned; `weight` beside the messages how much the row counts (above 0). `tools` may stand beside
-messages. Instruction and input of Alpaca's form are one user message of two lines, as LLaMA-Factory has it. Of messages
+messages, and `source`, the name of where the row is from, in any form. Instruction and input of Alpaca's form are one user message of two lines, as LLaMA-Factory has it. Of messages
 everything is kept, as in `preference_data`.
 """
 
@@ -36,7 +36,15 @@ from training.utils.jsonl import parse_row
 from training.utils.plain_texts import read_text, refuse_what_text_leaves_out
 from training.utils.preference_examples import ExampleError, Messages, Tools
 from training.utils.row_forms import RowForm, claimed
-from training.utils.row_values import Row, keys_found, read_weight, refuse_unread, required, shown
+from training.utils.row_values import (
+    Row,
+    keys_found,
+    read_source,
+    read_weight,
+    refuse_unread,
+    required,
+    shown,
+)
 from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
 
 ACCEPTED = (
@@ -81,7 +89,7 @@ def read_sft_row(raw: bytes, line: int) -> tuple[str, SftExample]:
         raise ExampleError("row", f"{keys_found(row)}; accepted are {ACCEPTED}")
     refuse_unread(row)
     _refuse_bad_answers(row)
-    return form.name, replace(form.read(row, line), weight=read_weight(row))
+    return form.name, replace(form.read(row, line), weight=read_weight(row), source=read_source(row))
 
 
 def _read_messages(row: Row, line: int) -> TurnsExample:

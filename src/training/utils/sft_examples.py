@@ -18,6 +18,7 @@ class TurnsExample:
     tools: Tools
     line: int
     weight: float = 1.0
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class CompletionExample:
     completion: str
     line: int
     weight: float = 1.0
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class DocumentExample:
     text: str
     line: int
     weight: float = 1.0
+    source: str | None = None
 
 
 SftExample: TypeAlias = TurnsExample | CompletionExample | DocumentExample

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
 from training.utils.client import ReconnectableClient
 from training.utils.heldout_rows import HeldoutRow, HeldoutRows, row_of_nll
@@ -13,8 +15,10 @@ from training.utils.losses import make_nll_loss, summed_nll, weight_of
 from training.utils.reference_pass import AnyReferences
 from training.utils.row_sets import RowSet
 from training.utils.sft_rows import SFT, LearnedSequence, SftRows
+from training.utils.sources import by_source, count_sources
 
 EVALUATED_AT_ONCE = 16
+_Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class SftLearner:
             for part in _parts(data, policy.description.activation_token_budget)
         ]
         metrics = _added(results)
-        told = nll_metrics(metrics["sft_loss"])
-        return replace(results[0], metrics={**metrics, **told, "learned_weight": total})
+        told = nll_metrics(metrics["sft_loss"]) | {"learned_weight": total, "truncated": cut_share(items)}
+        return replace(results[0], metrics=metrics | told)
 
     def verify(
         self, policy: ReconnectableClient, items: Sequence[LearnedSequence], references: AnyReferences
@@ -61,19 +65,39 @@ class SftLearner:
         abandon: Callable[[], bool],
         keep: Callable[[HeldoutRows], None] = lambda rows: None,
     ) -> dict[str, float]:
-        """Mean over all tokens of all held-out rows, by their weights."""
-        loss, total, told = 0.0, 0.0, list[HeldoutRow]()
+        """Mean over all tokens of all held-out rows, by their weights; the same of each source."""
+        evaluated, told = list[LearnedSequence](), list[HeldoutRow]()
+        sums = list[float]()
         for items in rows.blocks(EVALUATED_AT_ONCE):
             if abandon():
                 return {}
             data = self.data(items)
             outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
             logprobs = [output["logprobs"].to_torch() for output in outputs]
-            loss += float(summed_nll(data, logprobs))
-            total += sum(map(weight_of, data))
+            sums += [float(summed_nll([datum], [row])) for datum, row in zip(data, logprobs, strict=True)]
             told += [row_of_nll(i.line, i.datum, row) for i, row in zip(items, logprobs, strict=True)]
+            evaluated += items
         keep(HeldoutRows(self.loss_name, told))
-        return nll_metrics(loss / total)
+        nll, weights = np.array(sums), np.array([weight_of(item.datum) for item in evaluated])
+        cut = {"truncated": cut_share(evaluated)}
+        return nll_metrics(float(nll.sum() / weights.sum())) | cut | source_metrics(nll, weights, evaluated)
+
+
+def source_metrics(nll: _Floats, weights: _Floats, rows: Sequence[LearnedSequence]) -> dict[str, float]:
+    """The loss and the count of each source, and how many sources there are; empty where no row names one."""
+    sources = [row.source for row in rows]
+    metrics = count_sources(sources)
+    for name, members in by_source(sources):
+        metrics |= {
+            f"source/{name}/sft_loss": float(nll[members].sum() / weights[members].sum()),
+            f"source/{name}/count": int(members.sum()),
+        }
+    return metrics
+
+
+def cut_share(rows: Sequence[LearnedSequence]) -> float:
+    """The share of rows that lost their end to the limit."""
+    return float(np.mean([row.truncated for row in rows]))
 
 
 def nll_metrics(loss: float) -> dict[str, float]:

@@ -27,6 +27,10 @@ class LearnedSequence:
 
     datum: Datum
     line: int
+    source: str | None = None
+    """Where the row is from, if it says so."""
+    truncated: bool = False
+    """Whether it lost its end to the limit."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class RenderedSequence:
     weight: float
     rendered: RenderedSide
     signs: Sign
+    source: str | None
 
     @property
     def record(self) -> tuple[int, ...]:
@@ -58,7 +63,9 @@ class RenderedSequence:
     def items(self, rules: Rendering) -> list[LearnedSequence]:
         """The one sequence."""
         tokens, mask = self.rendered.tokens[: rules.max_seq_len], self.rendered.mask[: rules.max_seq_len]
-        return [LearnedSequence(datum_of(tokens, mask * np.float32(self.weight)), self.line)]
+        datum = datum_of(tokens, mask * np.float32(self.weight))
+        truncated = len(tokens) < len(self.rendered.tokens)
+        return [LearnedSequence(datum, self.line, self.source, truncated)]
 
     def outcome(self, rules: Rendering) -> RowOutcome:
         """See `row_check.RenderedRow`."""
@@ -90,7 +97,8 @@ class SftRows:
         if not rendered.mask[1:].any():
             raise ExampleError("row", "no token behind the first is learned: there is nothing to train on")
         signs = _signs(example, rendered.tokens, renderer)
-        return RenderedSequence(form, row.offset, row.line, example.weight, rendered, signs)
+        place = (form, row.offset, row.line)
+        return RenderedSequence(*place, example.weight, rendered, signs, example.source)
 
     def in_characters(self, row: LocatedRow) -> RecordedRow:
         """See `row_check.RowKind`."""

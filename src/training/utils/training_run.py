@@ -23,14 +23,13 @@ from firesteel.sdk import (
     TrainerLost,
     TrainerRewound,
 )
-from training.utils.accuracy import sources_left_out
 from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
 from training.utils.client import ReconnectableClient
 from training.utils.data_findings import leakage
-from training.utils.displacement import DisplacementWatch
+from training.utils.displacement import DisplacementWatch, since_start
 from training.utils.environment import Environment
 from training.utils.evaluation import Answers, Split, split_by_prompt
-from training.utils.heldout_rows import HeldoutRows, write_heldout
+from training.utils.heldout_rows import HeldoutRows, read_heldout, write_heldout
 from training.utils.learner import Learner
 from training.utils.loop import Loop, SavedRun
 from training.utils.metrics import Savings, StepWork, heldout_line, step_line, symptoms
@@ -55,6 +54,7 @@ from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch, Epochs
 from training.utils.service import build_service_client
 from training.utils.sinks import MetricsLog, Sink, logged
+from training.utils.sources import sources_left_out
 from training.utils.stopping import stopping_on_signals
 from training.utils.trackers import TrackedRun
 from training.utils.training_settings import (
@@ -494,6 +494,8 @@ def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dic
     if not metrics:
         return {}
     for rows in kept:
+        if step and "delta_logp/chosen" not in metrics:
+            metrics |= since_start(read_heldout(run.folder.path, 0), rows)
         run.folder.refuse_if_taken_over()
         write_heldout(run.folder.path, step, rows)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})

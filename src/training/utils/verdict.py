@@ -164,6 +164,12 @@ def _facts(run: RunRecord) -> Iterator[str]:
             "Against the reference, chosen answers changed by "
             f"{chosen:+.2f} nats of log-probability and rejected ones by {rejected:+.2f}."
         )
+    if "since_start/chosen" in after:
+        chosen, rejected = after["since_start/chosen"], after["since_start/rejected"]
+        yield (
+            "Since the start, chosen answers changed by "
+            f"{chosen:+.2f} nats of log-probability and rejected ones by {rejected:+.2f}."
+        )
     loss = main_loss(after)
     if loss is not None:
         yield f"Held-out {loss}: {_change(before, after, loss, '.4f')}."
@@ -179,7 +185,7 @@ def _change(before: Mapping[str, float], after: Mapping[str, float], name: str, 
 
 
 def _warnings(run: RunRecord) -> Iterator[str]:
-    now, start = Reading.of_heldout(run.after), Reading.of_heldout(run.before)
+    now, start = Reading.of_heldout(run.after), Reading.of_start(run.before)
     if now and start and (displaced := now.displaced(start)):
         yield f"{displaced[0].upper()}{displaced[1:]}."
     yield from _past_its_best(run)

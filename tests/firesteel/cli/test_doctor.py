@@ -51,7 +51,7 @@ def test_a_machine_that_can_train_is_fine(tmp_path: Path) -> None:
     code, found = in_json(config_file(tmp_path))
     assert found["machine", "memory"]["values"]["free"] > 2**28
     assert found["devices", "used"]["values"]["kinds"] == ["cpu"]
-    assert found["config", "memory"]["values"]["most"] > 6 * 10**8
+    assert found["needs", "memory"]["values"]["most"] > 6 * 10**8
     assert found["models", "tiny-llama"]["values"]["bytes"] > 10**5
     assert "FIRESTEEL_HOME" in found["environment", "FIRESTEEL_HOME"]["subject"]
 
@@ -150,3 +150,9 @@ def test_what_needs_no_torch_is_said_before_torch_is_imported(tmp_path: Path) ->
     assert [line for line in lines if "transformers" in line] == []
     without = {line for line in lines if "torch" not in line}
     assert without == {"machine", "packages", "extras", "environment", "models", "caches", "config"}
+
+
+def test_no_heading_stands_twice(tmp_path: Path) -> None:
+    headings = [line for line in doctor(config_file(tmp_path))[1].splitlines() if line[:1].isalpha()]
+    assert headings[-3:] == ["devices", "needs", "nothing here would stop a run"]
+    assert len(set(headings)) == len(headings)
