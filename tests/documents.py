@@ -4,7 +4,8 @@ A block says what it is by its language; what is not one of `LANGUAGES` is refus
 
 - ``python`` runs in one namespace per page. With ``title="name.py"`` it is a file, which something later must import
   or run.
-- ``sh``: every `firesteel …` runs, and `python file.py`, in this process.
+- ``sh``: every `firesteel …` runs, and `python file.py`, in this process; `firesteel serve` in one of its own until the
+  page ends, on a free port. Its address, its key and the id of a new key take the place of those that the page shows.
 - ``yaml`` is read as a catalogue or as the settings of a recipe, ``json`` and ``jsonl`` as rows of data. With a
   ``title`` they are also files for what follows.
 - ``text`` is what a program printed, a diagram or a formula.
@@ -24,9 +25,11 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +37,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 from typer.core import TyperGroup
 
 from firesteel.catalog import load_catalog
@@ -48,6 +52,8 @@ LANGUAGES = ("python", "sh", "yaml", "json", "jsonl", "text")
 ROWS = 20
 """Rows of `pairs.jsonl`, `eval.jsonl` and `chats.jsonl`, which stand for the reader's own data."""
 
+_ADDRESS, _KEY, _KEY_ID = "http://127.0.0.1:8350", "fs-…", "key-0123456789ab"
+_A_KEY_ID = re.compile(r"\bkey-[0-9a-f]{12}\b")
 _OPEN = re.compile(r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?(?P<rest>.*)$')
 _MARK = re.compile(r"^<!-- (?P<kind>not run|refused): (?P<words>.+) -->$")
 
@@ -123,6 +129,11 @@ class Ran:
     names: dict[str, Any]
     printed: dict[str, str] = field(default_factory=dict)
     """By the place of a block."""
+    real: dict[str, str] = field(default_factory=dict)
+    """What stands for something on the page, as a key, and what it is in this run."""
+    until_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Servers that were started."""
+    files_run: set[str] = field(default_factory=set)
 
     def printed_after(self, words: str, blocks: Sequence[Block]) -> str:
         """What the one block with these words in it has printed."""
@@ -180,15 +191,14 @@ def run_page(blocks: Sequence[Block], folder: Path) -> Ran:
     module = ModuleType("the_page")
     ran = Ran(folder, vars(module))
     environment = dict(os.environ)
-    with a_readers_folder(folder):
+    with a_readers_folder(folder), ran.until_the_end:
         sys.modules[module.__name__] = module
-        files_run: set[str] = set()
         try:
             for block in blocks:
-                run_block(block, ran, files_run)
+                run_block(block, ran)
             for block in blocks:
                 if block.title and block.title.endswith(".py") and "not run" not in block.marks:
-                    used = Path(block.title).stem in sys.modules or block.title in files_run
+                    used = Path(block.title).stem in sys.modules or block.title in ran.files_run
                     assert used, f"{block.place}: {block.title} is never imported or run"
         finally:
             del sys.modules[module.__name__]
@@ -197,7 +207,7 @@ def run_page(blocks: Sequence[Block], folder: Path) -> Ran:
     return ran
 
 
-def run_block(block: Block, ran: Ran, files_run: set[str]) -> None:
+def run_block(block: Block, ran: Ran) -> None:
     """Run one block as its language and marks say."""
     if block.title:
         write_file(ran.folder / block.title, block.text)
@@ -210,7 +220,9 @@ def run_block(block: Block, ran: Ran, files_run: set[str]) -> None:
             compile(block.text, block.place, "exec")
         elif block.language == "sh":
             for words in commands_of(block):
-                run_command(words, block, files_run)
+                run_command(words, block, ran)
+                if made := _A_KEY_ID.findall(printed.getvalue()):
+                    ran.real[_KEY_ID] = made[-1]
         elif block.language == "yaml":
             read_yaml(block, ran.folder)
         elif block.language in ("json", "jsonl"):
@@ -229,22 +241,28 @@ def _ending_as_said(block: Block) -> Iterator[None]:
     assert words in f"error[{refused.value.code}]: {refused.value}", f"{block.place}: {refused.value}"
 
 
-def run_command(words: Sequence[str], block: Block, files_run: set[str]) -> None:
-    """Run one command line in this process, or only parse it where the block is not run."""
+def run_command(words: Sequence[str], block: Block, ran: Ran) -> None:
+    """Run one command line, or only parse it where the block is not run."""
     runs = "not run" not in block.marks
+    for shown, real in ran.real.items():
+        words = [word.replace(shown, real) for word in words]
     match list(words):
+        case ["firesteel", "serve", *arguments] if runs:
+            ran.real |= ran.until_the_end.enter_context(serving(arguments))
         case ["firesteel", *arguments] if runs:
             status = app(arguments, prog_name="firesteel", standalone_mode=False)
             assert status in (None, 0), f"{block.place}: {shlex.join(words)}: exit status {status}"
         case ["firesteel", *arguments]:
             parse_command(arguments)
         case ["python", script, *arguments] if runs:
-            files_run.add(script)
+            ran.files_run.add(script)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [script, *arguments])
                 runpy.run_path(script, run_name="__main__")
         case ["export", *assignments] if runs:
             os.environ.update(dict(assignment.split("=", 1) for assignment in assignments))
+        case ["pip", "install", named] if runs:
+            refuse_what_is_not_installed(named)
         case ["make", target, *_] if not runs:
             known = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert target in known, f"{block.place}: make has no target {target}"
@@ -252,6 +270,33 @@ def run_command(words: Sequence[str], block: Block, files_run: set[str]) -> None
             assert not runs, (
                 f"{block.place}: `{shlex.join(words)}` cannot be run here; say why before the block"
             )
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[dict[str, str]]:
+    """`firesteel serve` with these arguments and a free port: what its address and key on a page are."""
+    program = "from firesteel.cli.main import run; run()"
+    command = [sys.executable, "-c", program, "serve", *arguments, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address, key = (process.stdout.readline().strip() for _ in range(2))
+            yield {
+                _ADDRESS: address.removeprefix("firesteel serve: "),
+                _KEY: key.removeprefix("key: "),
+            }
+        finally:
+            process.terminate()
+
+
+def refuse_what_is_not_installed(named: str) -> None:
+    """What `pip install 'firesteel[extra]'` would bring must be here: an installation of its own takes minutes."""
+    package, extra = named.rstrip("]").split("[")
+    required = [Requirement(line) for line in metadata.requires(package) or ()]
+    brought = [r.name for r in required if r.marker and r.marker.evaluate({"extra": extra})]
+    assert brought, f"{package} has no extra {extra}"
+    for name in brought:
+        metadata.version(name)
 
 
 def read_yaml(block: Block, folder: Path) -> None:
