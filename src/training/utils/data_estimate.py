@@ -27,7 +27,8 @@ from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering
 from training.utils.row_sets import RowSet, select_rows
-from training.utils.training_run import build_service, epochs_of, split_pairs
+from training.utils.run import epochs_of, split_pairs
+from training.utils.trainers import build_service
 from training.utils.training_settings import TrainingSettings
 
 # Beside its values, of a side in the reference cache; of a step in metrics.jsonl; of a value in a checkpoint's notes.

@@ -28,8 +28,8 @@ from training.utils.reference_cache import BLOCK_PAIRS
 from training.utils.reference_pass import AnyReferences, NoReferences, References
 from training.utils.rendering import Renderer
 from training.utils.row_sets import RowSet
+from training.utils.run import epochs_of
 from training.utils.schedules import Batch
-from training.utils.training_run import epochs_of
 from training.utils.training_settings import TrainingSettings
 
 WARM_STEPS = 2

@@ -12,8 +12,8 @@ text        {"text": "…"}; all of it is learned
 
 A message's own `weight` (0 or 1, as OpenAI has it; `train` or `loss` in other programs' files) says whether an
 assistant's turn is learned; `weight` beside the messages how much the row counts (above 0). `tools` may stand beside
-messages, and `source`, the name of where the row is from, in any form. Instruction and input of Alpaca's form are one user message of two lines, as LLaMA-Factory has it. Of messages
-everything is kept, as in `preference_data`.
+messages, and `source`, the name of where the row is from, in any form. Instruction and input of Alpaca's form are one
+user message of two lines, as LLaMA-Factory has it. Of messages everything is kept, as in `preference_data`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ last checkpoint when it is started again, and ends with the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 from firesteel.sdk import (
@@ -23,43 +22,37 @@ from firesteel.sdk import (
     TrainerLost,
     TrainerRewound,
 )
-from training.utils.checkpoints import Checkpoints, Identity, Position, ReferenceRecord, Retention
-from training.utils.client import ReconnectableClient
-from training.utils.data_findings import leakage
+from training.utils.checkpoints import Checkpoints, Identity, Position, Retention
 from training.utils.displacement import DisplacementWatch, since_start
 from training.utils.environment import Environment
-from training.utils.evaluation import Answers, Split, split_by_prompt
+from training.utils.evaluation import Answers
 from training.utils.heldout_rows import HeldoutRows, read_heldout, write_heldout
-from training.utils.learner import Learner
 from training.utils.loop import Loop, SavedRun
 from training.utils.metrics import Savings, StepWork, heldout_line, step_line, symptoms
 from training.utils.progress import Display, Stage
-from training.utils.reference_pass import RECORDED_PAIRS, AnyReferences, NoReferences, References
 from training.utils.rendering import Renderer
 from training.utils.resume import (
     Finished,
     GoOn,
     Losses,
-    Start,
     Wanted,
     find_start,
     first_day,
-    refuse_another_reference,
     rewind,
 )
-from training.utils.row_index import RowIndex, index_rows
+from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering, write_row_outcomes
-from training.utils.row_sets import RowSet, SelectedRows, select_rows
+from training.utils.row_sets import select_rows
+from training.utils.run import Run, data_identity, doubts, epochs_of, split_pairs
 from training.utils.run_folder import RunFolder
-from training.utils.schedules import Batch, Epochs
-from training.utils.service import build_service_client
+from training.utils.schedules import Batch
 from training.utils.sinks import MetricsLog, Sink, logged
 from training.utils.sources import sources_left_out
 from training.utils.stopping import stopping_on_signals
 from training.utils.trackers import TrackedRun
+from training.utils.trainers import Trainers, build_service, load
 from training.utils.training_settings import (
     MAY_CHANGE_WHEN_GOING_ON,
-    ReferenceSettings,
     TrainingSettings,
 )
 
@@ -160,36 +153,6 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
         return train(run, trainers, loop, service)
 
 
-def doubts(selections: Sequence[SelectedRows[Any]], split: Split[Any]) -> Iterator[str]:
-    """What the data check warns of, of files that can be used."""
-    for selected in selections:
-        for finding in selected.rows.source.index.kind.findings(selected.rows.records):
-            if finding.level == "warning":
-                yield f"warning: {selected.path}: {finding}"
-    if len(selections) > 1:
-        for finding in leakage(split.heldout.records, split.train.records):
-            yield f"warning: eval_dataset: {finding}"
-
-
-def data_identity(
-    indexes: Sequence[RowIndex[Any]],
-    renderer: Renderer,
-    rules: Rendering,
-    split: Split[Any],
-) -> dict[str, Any]:
-    """What the tokens of this run follow from."""
-    names = ("dataset content", "eval_dataset content")
-    content = {name: index.sha256 for name, index in zip(names, indexes, strict=False)}
-    longest = rules.max_seq_len  # where the setting leaves it to the trainer, another one may cut other rows
-    return {
-        **content,
-        "tokenizer and template": renderer.identity,
-        "longest row": longest,
-        "day": renderer.today.isoformat(),
-        f"{indexes[0].kind.item}s": len(split.train),
-    }
-
-
 def summary_of_finished(start: Finished, display: Display, config: TrainingSettings) -> RunSummary:
     """What a run came to that has nothing left to do."""
     for line in start.said:
@@ -199,42 +162,6 @@ def summary_of_finished(start: Finished, display: Display, config: TrainingSetti
         return RunSummary(**start.summary)
     except TypeError as error:
         raise CheckpointError(f"{config.log_path}/summary.json is not one of this program: {error}") from None
-
-
-def split_pairs(sets: Sequence[RowSet[Any]], config: TrainingSettings) -> Split[Any]:
-    """Training and held-out rows: from a file each, or drawn from one."""
-    train, *heldout = sets
-    if heldout:
-        return Split(train, heldout[0])
-    return split_by_prompt(train, config.eval_fraction, config.seed)
-
-
-def epochs_of(config: TrainingSettings, split: Split[Any]) -> Epochs:
-    """Every batch of a run."""
-    return Epochs(len(split.train), config.batch_size, config.epochs, config.seed, config.shuffle)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the phases of one run share."""
-
-    config: TrainingSettings
-    split: Split[Any]
-    renderer: Renderer
-    folder: RunFolder
-    display: Display
-    identity: Identity
-    start: Start | GoOn
-
-    @cached_property
-    def learner(self) -> Learner[Any]:
-        """See `TrainingSettings.learner`."""
-        return self.config.learner
-
-    @property
-    def epochs(self) -> Epochs:
-        """The order of the training rows."""
-        return epochs_of(self.config, self.split)
 
 
 def begin(run: Run) -> list[Sink]:
@@ -254,103 +181,6 @@ def begin(run: Run) -> list[Sink]:
     if previous:
         run.display.say(f"{config.log_path} held an earlier run: moved to {previous}")
     return trackers
-
-
-def build_service(config: TrainingSettings) -> ServiceClient:
-    """The trainers of this run; nothing is loaded yet."""
-    return build_service_client(
-        base_model=config.base_model,
-        tokenizer_model=config.tokenizer_model or config.base_model,
-        lora_rank=config.lora_rank,
-        max_context_length=config.max_seq_len,
-        learning_rate=config.learning_rate,
-        trainer=config.trainer,
-    )
-
-
-@dataclass(frozen=True)
-class Trainers:
-    """The policy where this run takes it up, and the reference that the run has."""
-
-    policy: ReconnectableClient
-    references: AnyReferences
-    record: ReferenceRecord
-
-    def close(self) -> None:
-        """Close the reference's cache; the models are the service's."""
-        self.references.close()
-
-
-def load(run: Run, service: ServiceClient) -> Trainers:
-    """Load policy and reference, and compare them with what the run had if it goes on. Raises `CheckpointError`."""
-    config, going_on = run.config, run.start if isinstance(run.start, GoOn) else None
-    start = None if going_on else config.start
-    client = service.create_training_client(
-        config.base_model,
-        config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        seed=config.seed,
-        # One that was chosen for the device is that of the whole run, wherever it goes on.
-        activation_token_budget=going_on.notes.activation_token_budget if going_on else None,
-        start=start,
-    )
-    policy = ReconnectableClient.from_training_client(client, service=service)
-    if going_on:
-        load_checkpoint(run, going_on, policy)
-    elif config.init_optimizer:
-        policy.load_state_with_optimizer(str(start))
-    with ExitStack() as on_failure:
-        references = load_references(run, service, start)
-        on_failure.callback(references.close)
-        if config.verify:
-            verify_first_batch(run, policy, references)
-        trainers = Trainers(policy, references, record_reference(run, references))
-        on_failure.pop_all()
-    return trainers
-
-
-def load_references(run: Run, service: ServiceClient, start: str | None) -> AnyReferences:
-    """The reference that the loss reads, if it reads one. `start` is where the policy starts now."""
-    settings = run.config.reference_settings
-    if settings is None:
-        return NoReferences()
-    return References(service, run.renderer, settings.mode, reference_weights(run, settings, start))
-
-
-def load_checkpoint(run: Run, start: GoOn, policy: ReconnectableClient) -> None:
-    """Bring the policy to where the checkpoint left it."""
-    loaded = policy.load_state_with_optimizer(str(start.checkpoint), start.position.step)
-    if loaded.differences:
-        run.display.say(f"not bit-equal to a run without a break: {'; '.join(loaded.differences)}")
-
-
-def reference_weights(run: Run, settings: ReferenceSettings, start: str | None) -> str | None:
-    """The folder of the reference's weights, None for the base model. `start` is where the policy starts now.
-
-    A starting adapter is copied into the run folder. All weights are too large for that: they are read again where they
-    were, and their hash is compared.
-    """
-    given = run.config.init_from_checkpoint or run.config.warm_start_from_adapter
-    if settings.held_to == "base" or given is None:
-        return None
-    run.display.say(f"reference: what training started from, {given}, not the base model (reference: base)")
-    if not isinstance(run.start, GoOn):
-        return start
-    return str(run.folder.reference) if run.config.lora_rank else run.start.notes.reference.path
-
-
-def record_reference(run: Run, references: AnyReferences) -> ReferenceRecord:
-    """What the reference is. Raises `CheckpointError` if that is not what the run began with."""
-    saved = isinstance(run.start, GoOn) or run.config.dcp_save_interval > 0
-    probes = range(min(RECORDED_PAIRS, len(run.split.train)) if saved else 0)
-    now = references.record(run.split.train.take(probes)[:RECORDED_PAIRS])
-    if not isinstance(run.start, GoOn):
-        return now
-    then = run.start.notes.reference
-    refuse_another_reference(then, now, run.start.checkpoint, references.tolerance(then))
-    if then.numerics != now.numerics:
-        run.display.say(f"not bit-equal to a run without a break: {then.numerics}, now {now.numerics}")
-    return then
 
 
 def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> RunSummary:
@@ -472,15 +302,6 @@ def train_step(run: Run, trainers: Trainers, batch: Batch, items: Sequence[Any])
     # TRL's names (`rewards/…`, `logps/…`) stand as they are, the guide's under `train/`.
     named = {**measured, **told, **work.metrics, **trainers.references.counts}
     return {name if "/" in name else f"train/{name}": value for name, value in named.items()}
-
-
-def verify_first_batch(run: Run, policy: ReconnectableClient, references: AnyReferences) -> None:
-    """Show how far the fast path is from the plain one on the first batch. Raises `VerificationFailed`."""
-    first = next(run.epochs.batches())
-    verification = run.learner.verify(policy, run.split.train.take(first.rows), references)
-    for line in verification.lines:
-        run.display.say(line)
-    verification.refuse_disagreement()
 
 
 def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dict[str, float]:
