@@ -521,6 +521,12 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
         "a list of 1; expected 2 to 64 answers",
     ),
     (
+        "a prompt that whole texts do not begin with",
+        {"prompt": "Q:", "samples": [{"text": f"A: {text}", "score": s} for s, text in enumerate("ab")]},
+        "prompt",
+        'the string "Q:" beside whole texts that do not begin with it; give them as `completions`',
+    ),
+    (
         "a ranked list of whole texts",
         {"samples": [{"text": text, "score": score} for score, text in enumerate("abc")]},
         "samples",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from training.utils.conversations import (
     Conversation,
@@ -44,6 +45,8 @@ MOST_ANSWERS = 64
 BESIDE = ("system", "input", "instruction", "question", "query", "history", "context")
 """What would be left out beside messages, unless it is one of them."""
 RANKED_BY = ("score", "rank", "evals")
+LISTS = ("samples", "completions")
+"""Keys under which answers stand."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,22 @@ class Ranking:
         if len(set(self.ranks)) == 1:
             many = "both" if len(self.ranks) == 2 else f"all {len(self.ranks)}"
             raise ExampleError(self.places[-1], f"a tie: {many} answers are equally good")
+
+    def only(self, side: Literal["chosen", "rejected"]) -> int:
+        """Place of the answer that is better than all others, or worse. Raises ExampleError where several are."""
+        wanted, name = (min(self.ranks), "best") if side == "chosen" else (max(self.ranks), "worst")
+        first, *others = (index for index, rank in enumerate(self.ranks) if rank == wanted)
+        if others:
+            raise ExampleError(
+                self.places[others[0]],
+                f"a tie: {1 + len(others)} answers are the {name}, and one alone can be taken; rank one of them apart",
+            )
+        return first
+
+
+def ranking_of(row: Row) -> Ranking:
+    """How the answers of a row that lists them compare. Raises ExampleError."""
+    return _by_score(row["samples"]) if "samples" in row else _ranking(row, row["completions"])
 
 
 def read_samples(row: Row, line: int) -> PreferenceExample:
@@ -85,6 +104,7 @@ def read_samples(row: Row, line: int) -> PreferenceExample:
     if forms == {"text"} and len(samples) == 2:
         best, worst = ranking.order
         chosen, rejected = (read_whole_text(samples[index], f"samples[{index}]") for index in (best, worst))
+        _refuse_beside_whole_texts(row, chosen, rejected)
         refuse_same_texts(chosen, rejected, f"samples[{worst}]")
         return TextExample(chosen, rejected, line)
     if forms == {"text"}:
@@ -92,6 +112,17 @@ def read_samples(row: Row, line: int) -> PreferenceExample:
             "samples", "more than two whole texts; give their prompt apart: `prompt` and `completions`"
         )
     raise ExampleError("samples", f"{' and '.join(sorted(forms))}; expected messages in all or text in all")
+
+
+def _refuse_beside_whole_texts(row: Row, *texts: str) -> None:
+    """A prompt beside them may only repeat how they begin."""
+    refuse_what_text_leaves_out(row)
+    prompt = row.get("prompt")
+    if prompt and not (isinstance(prompt, str) and all(text.startswith(prompt) for text in texts)):
+        raise ExampleError(
+            "prompt",
+            f"{shown(prompt)} beside whole texts that do not begin with it; give them as `completions`",
+        )
 
 
 def read_completions(row: Row, line: int) -> RankedExample:
