@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_tokenizers import CHATML, CHATML_WITH_TOOLS, LLAMA_3, QWEN_3, byte_tokenizer
+from toy_tokenizers import CHATML, CHATML_MARKED, CHATML_WITH_TOOLS, LLAMA_3, QWEN_3, byte_tokenizer
 
 from firesteel.sdk import DataError, ModelError, RowError
 from training.utils.preference_rows import PREFERENCES
@@ -25,12 +25,6 @@ SAID = {"role": "assistant", "content": "4"}
 AGAIN = {"role": "user", "content": "3+3?"}
 SAID_AGAIN = {"role": "assistant", "content": "6"}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
-CHATML_MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 MARKED_WITHOUT_END = CHATML_MARKED.replace(
     "{{ message.content + '<|im_end|>' }}{% endgeneration %}",
     "{{ message.content }}{% endgeneration %}{{ '<|im_end|>' }}",

@@ -129,7 +129,24 @@ def check(
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL file, gzipped or not.")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="messages, preferred_output, samples, …")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="Of preferences: messages, preferred_output, prompt-messages, message-lists, prompt-text, text, "
+            "samples or completions. Of supervised rows, and with --side: messages, completion, alpaca, sharegpt "
+            "or text.",
+        ),
+    ],
+    side: Annotated[
+        Literal["chosen", "rejected"] | None,
+        typer.Option(
+            help="Make supervised rows of one answer of each preference, of a list the best or the worst: chosen is "
+            "for `firesteel sft`, rejected to be looked at. FORM alone cannot say it: messages and text are forms "
+            "of both.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write, gzipped if it ends in .gz; default: standard output.")
     ] = None,
@@ -142,19 +159,22 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it is there.")] = False,
 ) -> None:
     """Write the rows of a file in another form. What would lose or add something is refused with its line."""
-    from training.utils.data_forms import convert_file
+    from training.utils.data_forms import Target, convert_file
 
     if out is not None and out.exists():
         if out.samefile(file):
             raise ConfigError(f"--out {out}: that is the file itself; name another")
         if not force:
             raise ConfigError(f"--out {out}: there is such a file; --force replaces it")
-    converted = convert_file(str(file), to, out, on_bad_row, lambda line: typer.echo(line))
+    target = Target(to, side)
+    converted = convert_file(str(file), target, out, on_bad_row, lambda line: typer.echo(line))
     for error in converted.refused:
         typer.echo(f"left out: {error}", err=True)
     more = converted.refused_count - len(converted.refused)
     typer.echo(f"and {more:,} more\n" if more else "", err=True, nl=False)
     typer.echo(f"{converted.rows:,} rows converted, {converted.refused_count:,} left out", err=True)
+    if target.remark:
+        typer.echo(target.remark, err=True)
 
 
 @app.command()

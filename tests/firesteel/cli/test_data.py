@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from firesteel.cli.main import app
 from firesteel.sdk import ConfigError, DataError
 from training.recipes import dpo_loop, sft_loop
+from training.utils import preference_data, sft_data
 
 
 def firesteel(*arguments: object, **environment: str) -> Result:
@@ -134,6 +135,29 @@ def test_rows_are_converted_to_standard_output_or_a_file(tmp_path: Path) -> None
     assert printed.stdout == (tmp_path / "out.jsonl").read_text()
     assert "3 rows converted, 0 left out" in printed.stderr
     assert [len(json.loads(line)["samples"]) for line in printed.stdout.splitlines()] == [2, 2, 2]
+
+
+def test_the_chosen_side_of_preferences_becomes_rows_for_sft(tmp_path: Path) -> None:
+    path, out = write_rows(tmp_path / "pairs.jsonl", 3), tmp_path / "chosen.jsonl"
+    result = firesteel("convert", path, "--side", "chosen", "--to", "completion", "--out", out)
+    assert result.stderr == "3 rows converted, 0 left out\n"
+    assert json.loads(out.read_text().splitlines()[0])["completion"] == [
+        {"role": "assistant", "content": "yes 0"}
+    ]
+    assert "3 rows of the form completion: 3 examples" in firesteel("check", out).stdout
+
+
+def test_it_says_that_of_whole_texts_more_is_learned_than_is_scored_in_the_pair(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"chosen": "1+1=2", "rejected": "1+1=3"}))
+    result = firesteel("convert", path, "--side", "chosen", "--to", "text")
+    assert result.stdout == '{"text": "1+1=2"}\n'
+    assert "of whole texts all is learned, with what the two sides share" in result.stderr
+
+
+def test_the_help_of_convert_names_every_form() -> None:
+    forms = "".join(firesteel("convert", "--help").stdout.split())
+    assert all(form.name in forms for form in (*preference_data.FORMATS, *sft_data.FORMATS))
 
 
 # preview
