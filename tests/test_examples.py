@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from training.recipes import dpo_loop, orpo_loop, sft_loop
+from training.utils.data_forms import Target, convert_file
 from training.utils.preference_data import read_preferences
 from training.utils.preference_examples import ChatExample
 
@@ -87,10 +88,10 @@ def test_the_ranked_lists_teach_their_order(tmp_path: Path, loss: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_the_conversations_of_sft_are_the_chosen_answers_of_the_preferences() -> None:
-    pairs = (EXAMPLES / "preferences/train.jsonl").read_text(encoding="utf-8").splitlines()
-    chats = (EXAMPLES / "sft_then_dpo/chats.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(chat) for chat in chats] == [json.loads(pair)["chosen"] for pair in pairs]
+def test_the_conversations_of_sft_are_the_chosen_answers_of_the_preferences(tmp_path: Path) -> None:
+    made, pairs = tmp_path / "chats.jsonl", EXAMPLES / "preferences/train.jsonl"
+    convert_file(str(pairs), Target("messages", "chosen"), made, "fail", print)
+    assert made.read_bytes() == (EXAMPLES / "sft_then_dpo/chats.jsonl").read_bytes()
 
 
 def test_sft_and_then_dpo_each_learn_and_the_second_starts_from_the_first(tmp_path: Path) -> None:
