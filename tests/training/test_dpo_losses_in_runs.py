@@ -43,6 +43,18 @@ def test_each_loss_falls_on_a_real_run_and_orders_the_pairs(tmp_path: Path, loss
     assert summary.after["accuracy"] == 1
 
 
+def test_hinge_that_lets_every_pair_go_is_told_once_and_not_as_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(run_of(tmp_path, "hinge", learning_rate=2e-2, epochs=6))
+    zero = [line for line in numbers(tmp_path / "run") if line.get("train/grad_norm") == 0]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: step")]
+    assert len(zero) > 3
+    (warning,) = said
+    assert f"warning: step {zero[0]['train/step']}: loss and gradient are exactly 0" in warning
+    assert "read the same" not in warning
+
+
 @every_loss
 def test_the_settings_that_a_run_writes_make_the_same_run(tmp_path: Path, loss: str) -> None:
     settings = run_of(tmp_path, loss)

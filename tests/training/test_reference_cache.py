@@ -30,7 +30,12 @@ from firesteel.sdk.operations import ModelIdentity
 from training.utils import reference_cache
 from training.utils.losses import PairLogprobs
 from training.utils.pairs import PreferencePair, build_dpo_datums
-from training.utils.reference_cache import BLOCK_PAIRS, CacheStatistics, ReferenceCache
+from training.utils.reference_cache import (
+    BLOCK_PAIRS,
+    CacheStatistics,
+    ReferenceCache,
+    largest_difference,
+)
 from training.utils.service import build_service_client
 
 COUNT = 2 * BLOCK_PAIRS + 3
@@ -382,3 +387,12 @@ def test_pairs_that_nobody_asked_the_reference_about_are_not_there(setting: Sett
     with pytest.raises(DataError, match="vanished"):
         cache.read(setting.pairs[:1])
     cache.close()
+
+
+def test_a_row_that_is_not_finite_is_the_same_wherever_it_is_not() -> None:
+    """An attention weight of 0 times NaN is NaN: how far it spreads in its row depends on how that is packed."""
+    finite, one, two = (np.array(row, np.float32) for row in ([1, 2], [1, np.nan], [np.nan, -np.inf]))
+    assert largest_difference(one, two) == largest_difference(finite, finite) == 0
+    assert largest_difference(finite, one) == largest_difference(two, finite) == np.inf
+    assert largest_difference(finite, finite + np.float32(0.5)) == 0.5
+    assert largest_difference(finite[:0], finite[:0]) == 0

@@ -42,6 +42,7 @@ from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
+    DropGradient,
     Examine,
     Forward,
     ForwardBackward,
@@ -165,6 +166,9 @@ class Host:
                 metrics = model.trainer.optim_step(operation.adam_params)
                 model.retained.clear()  # their log-probabilities are of weights that are gone
                 return OptimStepResponse(metrics)
+            case DropGradient():
+                self._model(operation.model_id).trainer.drop_gradient()
+                return None
             case SaveWeights():
                 return self._save_weights(operation)
             case SaveState():

@@ -212,6 +212,11 @@ class Trainer:
         with self._weights():
             return optimizer.step(params)
 
+    def drop_gradient(self) -> None:
+        """Leave out what was added since the last step."""
+        self._need_trainable("drop_gradient").clear()
+        self._lost_gradient = None
+
     def examine(
         self, sequences: Sequences, attention: PlainAttention | None, slopes: Sequence[FloatArray] | None
     ) -> tuple[tuple[FloatArray, ...], GradientSketch | None]:

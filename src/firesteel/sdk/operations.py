@@ -201,6 +201,17 @@ class OptimStep:
 
 
 @dataclass(frozen=True)
+class DropGradient:
+    """Leave out what has been added since the last `OptimStep`: a step of several calls, of which one has failed.
+
+    Result: None.
+    """
+
+    model_id: str
+    seq_id: int
+
+
+@dataclass(frozen=True)
 class SaveWeights:
     """Export to a new folder: an adapter in PEFT's format, all weights in Hugging Face's.
 
@@ -267,7 +278,16 @@ class Refused:
 
 
 OrderedOperation = (
-    Forward | ForwardBackward | Backward | Examine | OptimStep | SaveWeights | SaveState | LoadState | Refused
+    Forward
+    | ForwardBackward
+    | Backward
+    | Examine
+    | OptimStep
+    | DropGradient
+    | SaveWeights
+    | SaveState
+    | LoadState
+    | Refused
 )
 UnorderedOperation = (
     ResolveShape | CreateModel | CreateBaseReference | IdentifyModel | UnloadModel | ReleaseForward | Sample

@@ -18,6 +18,7 @@ from firesteel.sdk.errors import ClosedError, NonFiniteError, OperationError, Tr
 from firesteel.sdk.futures import APIFuture, Ledger
 from firesteel.sdk.operations import (
     Backward,
+    DropGradient,
     Examine,
     Forward,
     ForwardBackward,
@@ -182,6 +183,10 @@ class TrainingClient:
         params = as_adam_params(adam_params)
         check_adam_params(params)
         return self._send(lambda seq: OptimStep(self.model_id, seq, params))
+
+    def drop_gradient(self) -> APIFuture[None]:
+        """Leave out what was added since the last `optim_step`: of a step of several calls, one has failed."""
+        return self._send(lambda seq: DropGradient(self.model_id, seq))
 
     def save_weights(
         self, path: str | os.PathLike[str], *, merged: bool = False

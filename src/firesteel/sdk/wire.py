@@ -61,6 +61,7 @@ _RESULTS: dict[type[Any], Any] = {
     operations.Backward: ForwardBackwardOutput,
     operations.Examine: Examined,
     operations.OptimStep: OptimStepResponse,
+    operations.DropGradient: None,
     operations.SaveWeights: SaveWeightsResponse,
     operations.SaveState: SaveStateResponse,
     operations.LoadState: LoadStateResponse,

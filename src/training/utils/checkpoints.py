@@ -59,7 +59,7 @@ class ReferenceRecord:
     numerics: str
     path: str | None
     """Where its weights were read, where that is neither the base model nor the run folder."""
-    probes: Sequence[Sequence[float]]
+    probes: Sequence[Sequence[float | None]]
     """Log-probabilities of the scored tokens of the probe rows, chosen and rejected in turn."""
 
 

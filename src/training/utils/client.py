@@ -163,6 +163,10 @@ class ReconnectableClient:
         self._steps += 1
         return response
 
+    def drop_gradient(self) -> None:
+        """See `TrainingClient.drop_gradient`."""
+        self._ask(lambda client: client.drop_gradient().result(self._timeout))
+
     def save_weights(self, path: str, *, merged: bool = False) -> SaveWeightsResponse:
         """See `TrainingClient.save_weights`."""
         return self._ask(lambda client: client.save_weights(path, merged=merged).result(self._timeout))

@@ -105,19 +105,26 @@ def standard_error(values: np.ndarray[tuple[int], np.dtype[np.float64]], count: 
 def since_start(start: HeldoutRows | None, now: HeldoutRows) -> dict[str, float]:
     """How much likelier both sides of held-out pairs have become in the mean, and the standard error of the chosen one.
 
-    For a loss without a reference. Empty where it is not known for every pair what it was at the start.
+    For a loss without a reference. Pairs that are not finite now are left out, as of every metric; empty where it is
+    not known of another what it was at the start.
     """
     before = {(row.line, row.pair): row.logps for row in start.rows} if start else {}
-    logps = [before.get((row.line, row.pair), {}) for row in now.rows]
-    if not all({"chosen", "rejected"} <= then.keys() for then in (*logps, *(row.logps for row in now.rows))):
+    rows = [row for row in now.rows if row.is_finite]
+    logps = [before.get((row.line, row.pair), {}) for row in rows]
+    known = all(_has_both_sides(values) for values in (*logps, *(row.logps for row in rows)))
+    if not rows or not known:
         return {}
     changes = {
-        side: np.array([row.logps[side] - then[side] for row, then in zip(now.rows, logps, strict=True)])
+        side: np.array([row.logps[side] - then[side] for row, then in zip(rows, logps, strict=True)])
         for side in ("chosen", "rejected")
     }
     return {f"since_start/{side}": float(change.mean()) for side, change in changes.items()} | {
-        "since_start/chosen_stderr": standard_error(changes["chosen"], _lists(now.rows))
+        "since_start/chosen_stderr": standard_error(changes["chosen"], _lists(rows))
     }
+
+
+def _has_both_sides(logps: Mapping[str, float]) -> bool:
+    return all(math.isfinite(logps.get(side, math.nan)) for side in ("chosen", "rejected"))
 
 
 def _lists(rows: Iterable[HeldoutRow]) -> int:

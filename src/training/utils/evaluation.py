@@ -71,7 +71,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over held-out pairs, each pair counted once: independent of `batch_size`.
 
-    Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair.
+    Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair. Pairs whose
+    numbers are not finite count in `nonfinite_rows` alone.
     """
     scores, traits, lines = [], [], []
     for batch in pairs.blocks(batch_size):
@@ -84,8 +85,14 @@ def evaluate(
         traits += [Traits.of(pair) for pair in batch]
         lines += [pair.line for pair in batch]
     joined = PairScores.joined(scores)
-    keep(rows_of_pairs(lines, joined, objective))
-    return heldout_metrics(joined, traits, objective)
+    rows = rows_of_pairs(lines, joined, objective)
+    keep(rows)
+    if not (lost := rows.nonfinite_lines):
+        return heldout_metrics(joined, traits, objective)
+    finite = np.array([row.is_finite for row in rows.rows])
+    left = [pair for pair, kept in zip(traits, finite, strict=True) if kept]
+    told = heldout_metrics(joined.only(finite), left, objective) if left else {}
+    return {**told, "nonfinite_rows": len(lost)}
 
 
 def heldout_metrics(

@@ -45,6 +45,11 @@ class HeldoutRow:
     logps: Mapping[str, float] = field(default_factory=dict)
     """Log-probabilities summed over the scored tokens, by side; empty for rows without sides."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are: others are left out of the metrics."""
+        return all(map(math.isfinite, (self.value, *self.logps.values())))
+
 
 @dataclass(frozen=True)
 class HeldoutRows:
@@ -53,6 +58,11 @@ class HeldoutRows:
     measure: str
     """The metric that the values are of, as `margin`."""
     rows: Sequence[HeldoutRow]
+
+    @property
+    def nonfinite_lines(self) -> list[int]:
+        """Of the rows that have a number that is not finite."""
+        return sorted({row.line for row in self.rows if not row.is_finite})
 
     @property
     def lower_is_better(self) -> bool:

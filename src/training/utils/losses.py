@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from firesteel.sdk.types import Datum, FloatArray
+from firesteel.sdk.types import BoolArray, Datum, FloatArray
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,10 @@ class SideScores:
 
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def only(self, which: torch.Tensor) -> SideScores:
+        """Those of some pairs."""
+        return SideScores(*(getattr(self, field.name)[which] for field in fields(self)))
+
     @property
     def delta(self) -> torch.Tensor:
         """π - r: how much likelier than under the reference the response has become."""
@@ -167,6 +171,15 @@ class PairScores:
         weights = torch.cat([part.weights for part in parts])
         stages = Stages.joined([part.stages for part in parts])
         return cls(SideScores.joined(chosen), SideScores.joined(rejected), weights, stages)
+
+    def only(self, which: BoolArray) -> PairScores:
+        """Those of some pairs; a stage of which some are left out has the others."""
+        import torch
+
+        kept = torch.from_numpy(which)
+        left = torch.unique(self.stages.of[kept], return_inverse=True)[1]
+        stages = Stages(left, self.stages.pairs[kept])
+        return PairScores(self.chosen.only(kept), self.rejected.only(kept), self.weights[kept], stages)
 
     @property
     def tie_per_token(self) -> torch.Tensor:

@@ -72,6 +72,8 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: 
 
 def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """What is shown of an evaluation."""
+    if names[0] not in metrics:
+        return f"held out after step {step}: not one row has finite log-probabilities"
     told = [_told(name, metrics[name]) for name in names]
     if "accuracy" in names:
         low, high = metrics["accuracy_low"], metrics["accuracy_high"]
@@ -85,6 +87,18 @@ def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) 
     return f"held out after step {step}: " + "  ".join(told)
 
 
+def nonfinite_told(lines: Sequence[int]) -> str:
+    """What to say of held-out rows on these lines."""
+    one, more = len(lines) == 1, ", …" if len(lines) > LINES_TOLD else ""
+    some = f"line{'' if one else 's'} {', '.join(map(str, lines[:LINES_TOLD]))}{more}"
+    has, them = ("row has", "it") if one else ("rows have", "them")
+    return (
+        f"{len(lines):,} {has} log-probabilities that are not finite and count in no metric ({some}): look at {them}, "
+        "or lower learning_rate"
+    )
+
+
+LINES_TOLD = 5
 _FORMS = {"margin": "+.3f", "log_odds_ratio": "+.3f", "accuracy": ".3f"}
 
 
@@ -94,7 +108,12 @@ def _told(name: str, value: float) -> str:
 
 def symptoms(step: int, metrics: Mapping[str, float]) -> Iterator[str]:
     """What is wrong with a run that learns nothing, with its likely cause."""
-    if metrics.get("train/grad_norm") == 0:
+    if metrics.get("train/grad_norm") == 0 and metrics.get("train/loss") == 0:
+        yield (
+            "loss and gradient are exactly 0: every pair of the step is as far ahead as the loss asks for (hinge: its "
+            "margin is above 1/beta), so it teaches nothing more"
+        )
+    elif metrics.get("train/grad_norm") == 0:
         yield (
             "the gradient is exactly 0: these rows say nothing to the trained weights (chosen and rejected read the "
             "same to them), or no trained weight is on the way"

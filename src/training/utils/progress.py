@@ -135,10 +135,11 @@ class Display:
         """One line (above the bar, if there is one)."""
         self._console.print(line, markup=False)
 
-    def say_once(self, line: str) -> None:
-        """The same, unless this line was said so before."""
-        if line not in self._said:
-            self._said.add(line)
+    def say_once(self, line: str, about: str | None = None) -> None:
+        """The same, unless this line was said so before, or another `about` the same."""
+        key = about or line
+        if key not in self._said:
+            self._said.add(key)
             self.say(line)
 
     def reading(self, path: str) -> Callable[[int, int], None]:

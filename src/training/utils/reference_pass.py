@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ class References:
         """What the reference is, and what it says of these pairs now, computed together."""
         values = self.asked_now(pairs) if pairs else []
         said = [side for value in values for side in (value.chosen, value.rejected)]
-        probes = [side.tolist() for side in said]
+        # What is not finite is none here: it is kept as JSON.
+        probes = [[value if math.isfinite(value) else None for value in side.tolist()] for side in said]
         return ReferenceRecord(self._identity.weights, self._identity.numerics, self.start, probes)
 
     def tolerance(self, before: ReferenceRecord) -> float:

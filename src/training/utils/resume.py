@@ -7,14 +7,18 @@ where neither is right it refuses and names the flag for each.
 from __future__ import annotations
 
 import logging
+import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from firesteel.sdk import CheckpointError, TrainerLost, TrainerRewound
+from firesteel.sdk.types import FloatArray
 from firesteel.sealed import damage, read_json, storage_errors
 from training.utils.checkpoints import (
     NOTES,
@@ -28,6 +32,7 @@ from training.utils.checkpoints import (
     write_listing,
 )
 from training.utils.heldout_rows import heldout_name, heldout_steps
+from training.utils.reference_cache import largest_difference
 from training.utils.run_folder import CHECKPOINTS, LISTING, RESULTS, RunFolder
 
 logger = logging.getLogger("firesteel")
@@ -209,18 +214,19 @@ def refuse_another_reference(
             f"the reference is not the one that {checkpoint} was trained against: its weights are {now.weights}, "
             f"they were {then.weights}; give it the base model that it had, or {FRESH}"
         )
-    pairs = [
-        (a, b)
-        for was, is_ in zip(then.probes, now.probes, strict=True)
-        for a, b in zip(was, is_, strict=True)
-    ]
-    largest = max((abs(a - b) for a, b in pairs), default=0.0)
+    rows = zip(then.probes, now.probes, strict=True)
+    largest = max((largest_difference(_numbers(was), _numbers(is_)) for was, is_ in rows), default=0.0)
     if not largest <= tolerance:
         raise CheckpointError(
             f"the reference gives other log-probabilities than when {checkpoint} was trained: by {largest:.3g} nats "
             f"on its {len(then.probes) // 2} probe rows, allowed {tolerance:.0e} (weights {now.weights}, numerics "
             f"{now.numerics}, before {then.numerics}); run it where it ran, or {FRESH}"
         )
+
+
+def _numbers(probe: Sequence[float | None]) -> FloatArray:
+    """None is what was not finite."""
+    return np.array([math.nan if value is None else value for value in probe], dtype=np.float32)
 
 
 def _named(resume: str, found: list[Listed], run: Path) -> Listed:

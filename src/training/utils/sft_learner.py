@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from firesteel.sdk import Datum, ForwardBackwardOutput, Verification
+from firesteel.sdk import Datum, ForwardBackwardOutput, NonFiniteError, Verification
 from training.utils.client import ReconnectableClient
 from training.utils.heldout_rows import HeldoutRow, HeldoutRows, row_of_nll
 from training.utils.losses import make_nll_loss, summed_nll, weight_of
@@ -42,10 +42,12 @@ class SftLearner:
         data = self.data(items)
         total = sum(map(weight_of, data))
         loss = make_nll_loss(total)
-        results = [
-            policy.forward_backward_custom(part, loss, weighted_only=True)
-            for part in _parts(data, policy.description.activation_token_budget)
-        ]
+        parts = _parts(data, policy.description.activation_token_budget)
+        try:
+            results = [policy.forward_backward_custom(part, loss, weighted_only=True) for part in parts]
+        except NonFiniteError:
+            policy.drop_gradient()  # of the parts before it: half a step is no step
+            raise
         metrics = _added(results)
         told = nll_metrics(metrics["sft_loss"]) | {"learned_weight": total, "truncated": cut_share(items)}
         return replace(results[0], metrics=metrics | told)
@@ -65,7 +67,10 @@ class SftLearner:
         abandon: Callable[[], bool],
         keep: Callable[[HeldoutRows], None] = lambda rows: None,
     ) -> dict[str, float]:
-        """Mean over all tokens of all held-out rows, by their weights; the same of each source."""
+        """Mean over all tokens of all held-out rows, by their weights; the same of each source.
+
+        Rows whose likelihood is not finite count in `nonfinite_rows` alone.
+        """
         evaluated, told = list[LearnedSequence](), list[HeldoutRow]()
         sums = list[float]()
         for items in rows.blocks(EVALUATED_AT_ONCE):
@@ -77,10 +82,21 @@ class SftLearner:
             sums += [float(summed_nll([datum], [row])) for datum, row in zip(data, logprobs, strict=True)]
             told += [row_of_nll(i.line, i.datum, row) for i, row in zip(items, logprobs, strict=True)]
             evaluated += items
-        keep(HeldoutRows(self.loss_name, told))
+        kept = HeldoutRows(self.loss_name, told)
+        keep(kept)
         nll, weights = np.array(sums), np.array([weight_of(item.datum) for item in evaluated])
-        cut = {"truncated": cut_share(evaluated)}
-        return nll_metrics(float(nll.sum() / weights.sum())) | cut | source_metrics(nll, weights, evaluated)
+        if not (lost := kept.nonfinite_lines):
+            return heldout_metrics(nll, weights, evaluated)
+        finite = np.isfinite(nll)
+        left = [row for row, right in zip(evaluated, finite, strict=True) if right]
+        told_of = heldout_metrics(nll[finite], weights[finite], left) if left else {}
+        return {**told_of, "nonfinite_rows": len(lost)}
+
+
+def heldout_metrics(nll: _Floats, weights: _Floats, rows: Sequence[LearnedSequence]) -> dict[str, float]:
+    """Of rows with these sums, over all of them together."""
+    loss = nll_metrics(float(nll.sum() / weights.sum()))
+    return {**loss, "truncated": cut_share(rows), **source_metrics(nll, weights, rows)}
 
 
 def source_metrics(nll: _Floats, weights: _Floats, rows: Sequence[LearnedSequence]) -> dict[str, float]:

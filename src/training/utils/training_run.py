@@ -28,7 +28,7 @@ from training.utils.environment import Environment
 from training.utils.evaluation import Answers
 from training.utils.heldout_rows import HeldoutRows, read_heldout, write_heldout
 from training.utils.loop import Loop, SavedRun
-from training.utils.metrics import Savings, StepWork, heldout_line, step_line, symptoms
+from training.utils.metrics import Savings, StepWork, heldout_line, nonfinite_told, step_line, symptoms
 from training.utils.progress import Display, Stage
 from training.utils.rendering import Renderer
 from training.utils.resume import (
@@ -262,7 +262,7 @@ def train_epochs(run: Run, trainers: Trainers, loop: Loop, watch: DisplacementWa
                     batch, list(dict.fromkeys(item.line for item in rows.items)), error
                 )
             for symptom in symptoms(batch.step, metrics):
-                run.display.say(f"warning: step {batch.step}: {symptom}")
+                run.display.say_once(f"warning: step {batch.step}: {symptom}", about=symptom)
             loop.log(batch.step, metrics | {"train/data_wait_sec": rows.waited})
             line = step_line(batch.step, epochs.total_steps, metrics, run.learner.shown)
             bar.advance(len(rows.items), int(metrics.get("train/step_tokens", 0)), line)
@@ -317,6 +317,8 @@ def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dic
     for rows in kept:
         if step and "delta_logp/chosen" not in metrics:
             metrics |= since_start(read_heldout(run.folder.path, 0), rows)
+        if lost := rows.nonfinite_lines:
+            run.display.say(f"warning: held out after step {step}: {nonfinite_told(lost)}")
         run.folder.refuse_if_taken_over()
         write_heldout(run.folder.path, step, rows)
     loop.log(step, {f"eval/{name}": value for name, value in metrics.items()})

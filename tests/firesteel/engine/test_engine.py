@@ -37,6 +37,7 @@ from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
+    DropGradient,
     Forward,
     ForwardBackward,
     IdentifyModel,
@@ -379,6 +380,19 @@ def test_half_a_gradient_is_dropped_and_the_next_step_refused_once(
         engine.submit(ForwardBackward(model, seq, data)).result(60)
         engine.submit(OptimStep(model, seq + 1, SGD_LIKE)).result(60)
     assert np.array_equal(logprobs(engine, policy, 6, data), logprobs(engine, calm, 3, data))
+
+
+def test_a_gradient_that_is_dropped_leaves_nothing_behind(engine, policy, llama_folder, data) -> None:
+    calm = create(engine, llama_folder)
+    before = logprobs(engine, policy, 1, data)
+    engine.submit(ForwardBackward(policy, 2, data)).result(60)
+    assert engine.submit(DropGradient(policy, 3)).result(60) is None
+    assert "no gradient" in str(engine.submit(OptimStep(policy, 4, SGD_LIKE)).exception(60))
+    assert np.array_equal(logprobs(engine, policy, 5, data), before)
+    for model, seq in ((policy, 6), (calm, 1)):
+        engine.submit(ForwardBackward(model, seq, data[:2])).result(60)
+        engine.submit(OptimStep(model, seq + 1, SGD_LIKE)).result(60)
+    assert np.array_equal(logprobs(engine, policy, 8, data), logprobs(engine, calm, 3, data))
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(engine, policy, data) -> None:

@@ -17,6 +17,7 @@ from firesteel.sdk.operations import (
     Backward,
     CreateBaseReference,
     CreateModel,
+    DropGradient,
     Examine,
     Forward,
     ForwardBackward,
@@ -100,6 +101,7 @@ OPERATIONS = st.one_of(
         Examine, NAMES, st.integers(1, 99), data(), st.sampled_from([None, "eager"]), st.none() | SLOPES
     ),
     st.builds(OptimStep, NAMES, st.integers(1, 99), st.builds(AdamParams, *[FLOATS] * 6)),
+    st.builds(DropGradient, NAMES, st.integers(1, 99)),
     st.builds(SaveState, NAMES, st.integers(1, 99), NAMES, st.dictionaries(NAMES, NOTES, max_size=3)),
     st.builds(SaveWeights, NAMES, st.integers(1, 99), NAMES, st.booleans()),
     st.builds(LoadState, NAMES, st.integers(1, 99), NAMES, st.booleans()),
@@ -142,6 +144,7 @@ RESULTS: list[tuple[Any, Any]] = [
     (IdentifyModel("id"), ModelIdentity("abc", "float32 cpu")),
     (UnloadModel("id"), None),
     (OptimStep("id", 1, AdamParams()), OptimStepResponse({"grad_norm": float("inf"), "x": 0.1 + 0.2})),
+    (DropGradient("id", 1), None),
     (SaveWeights("id", 1, "p"), SaveWeightsResponse("p")),
     (SaveState("id", 1, "p", {}), SaveStateResponse("p")),
     (LoadState("id", 1, "p"), LoadStateResponse("p", ("threads: 1, now 2",))),
