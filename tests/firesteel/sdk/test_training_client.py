@@ -192,6 +192,18 @@ def test_gradients_of_custom_and_built_in_losses_add(make, data) -> None:
     assert after_a_step(one, data)[0] == pytest.approx(after_a_step(other, data)[0], rel=1e-5)
 
 
+def test_a_gradient_that_is_dropped_is_not_in_the_next_step(make, data) -> None:
+    one, other = make(), make()
+    one.forward_backward(data)
+    assert one.drop_gradient().result() is None
+    one.forward_backward(data[:2])
+    other.forward_backward(data[:2])
+    (norm, numbers), (other_norm, other_numbers) = (after_a_step(c, data) for c in (one, other))
+    assert norm == other_norm
+    assert np.array_equal(numbers, other_numbers)
+    assert one.drop_gradient().result() is None  # where there is none it does nothing
+
+
 @pytest.mark.parametrize("custom", [False, True], ids=["built in", "custom"])
 def test_leaving_out_what_has_no_weight_changes_no_gradient(make, data, custom: bool) -> None:
     one, other = make(), make()
