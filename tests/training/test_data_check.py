@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_files import check, distinct, found, pair, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import config
 from toy_tokenizers import CHATML, LLAMA_3, QWEN_3, byte_tokenizer
 
 from training.recipes.dpo_loop import main
-from training.utils.data_check import Check, FileReport, kind_of
+from training.utils.data_check import Check, kind_of
 from training.utils.data_check_text import report_lines
 from training.utils.data_figures import Lengths, Share
-from training.utils.data_findings import DataFinding
 from training.utils.preference_rows import PREFERENCES, saved_by_sharing
 from training.utils.rendering import Renderer
 from training.utils.row_outcomes import Rendering
 from training.utils.sft_rows import SFT
 
 
-def pair(prompt: str, chosen: str, rejected: str, **fields: Any) -> dict[str, Any]:
-    asked = {"role": "user", "content": prompt}
-    said = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
-    return {"prompt": [asked], "chosen": said[:1], "rejected": said[1:], **fields}
-
-
-def distinct(count: int) -> list[dict[str, Any]]:
-    """Pairs with nothing to find: of either side, as often the longer one."""
-    answers = [("yes", "no"), ("no", "yes")]
-    return [pair(f"Question {number}?", *answers[number % 2]) for number in range(count)]
-
-
-def write(folder: Path, rows: list[Any], name: str = "pairs.jsonl") -> str:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module", params=["tokens", "characters"])
 def renderer(request: pytest.FixtureRequest) -> Renderer | None:
     """The same findings with a tokenizer and without."""
     return Renderer(byte_tokenizer()) if request.param == "tokens" else None
-
-
-def check(path: str, renderer: Renderer | None, **rules: Any) -> FileReport:
-    (report,) = Check(renderer, kind_of([path]), Rendering(**rules)).files([path])
-    return report
-
-
-def found(report: FileReport) -> dict[str, DataFinding]:
-    return {finding.name: finding for finding in report.findings}
 
 
 def test_of_rows_without_fault_nothing_is_found(tmp_path: Path, renderer: Renderer | None) -> None:
@@ -89,15 +61,17 @@ def test_the_same_answers_to_another_prompt_are_no_duplicate(
     assert not {"duplicates", "contradictions"} & found(check(write(tmp_path, rows), renderer)).keys()
 
 
-def test_ranked_lists_are_compared_as_a_whole(tmp_path: Path, renderer: Renderer | None) -> None:
+def test_ranked_lists_are_repeated_as_a_whole_and_contradicted_by_any_two_answers(
+    tmp_path: Path, renderer: Renderer | None
+) -> None:
     def ranked(*texts: str) -> dict[str, Any]:
         completions = [{"text": text, "rank": rank} for rank, text in enumerate(texts)]
         return {"prompt": "q", "completions": completions}
 
-    rows = [ranked("a", "b", "c"), ranked("c", "b", "a"), ranked("a", "b", "c"), ranked("b", "a", "c")]
-    findings = found(check(write(tmp_path, rows), renderer))
+    lists = [ranked("a", "b", "c"), ranked("b", "c", "d"), ranked("a", "b", "c"), ranked("d", "e", "b")]
+    findings = found(check(write(tmp_path, lists), renderer))
     assert findings["duplicates"].lines == (3,)
-    assert findings["contradictions"].lines == (1, 2, 3)
+    assert findings["contradictions"].lines == (2, 4)
 
 
 @pytest.mark.parametrize(("longer", "name"), [(0, "length-bias"), (1, "looks-swapped-by-length")])

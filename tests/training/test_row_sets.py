@@ -156,7 +156,7 @@ def test_another_file_or_template_is_read_anew(tmp_path: Path, renderer: Rendere
     assert {path.name for path in (home / "row_indexes").iterdir()} == {folder.name for folder in folders}
 
 
-@pytest.mark.parametrize("name", ["rows.npy", "refused.jsonl", "index.json"])
+@pytest.mark.parametrize("name", ["rows.npy", "ranked.npy", "refused.jsonl", "index.json"])
 def test_a_damaged_index_is_made_again(tmp_path: Path, renderer: Renderer, name: str) -> None:
     path = write(tmp_path, row("a", "b"), row("c", "d"), "no json")
     index = index_rows(path, renderer, PREFERENCES, "skip")
@@ -284,9 +284,18 @@ def workers_for_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
 
+def ranked(*answers: str, question: str) -> dict[str, Any]:
+    return {"prompt": question, "completions": [*answers], "ranks": [*range(len(answers))]}
+
+
 @pytest.mark.usefixtures("workers_for_every_file")
-def test_workers_give_the_same_index(tmp_path: Path, catalogued: Renderer, home: Path) -> None:
-    given_rows = [row("a" * (1 + i % 5), "b", f"Q{i}") if i % 7 else "no json" for i in range(40)]
+@pytest.mark.parametrize("lists", [False, True], ids=["pairs", "ranked lists"])
+def test_workers_give_the_same_index(tmp_path: Path, catalogued: Renderer, home: Path, lists: bool) -> None:
+    def one(number: int) -> Any:
+        answers = ["a" * (1 + number % 5), *"bcd"[: 1 + number % 3]]
+        return ranked(*answers, question=f"Q{number}") if lists else row(*answers[:2], f"Q{number}")
+
+    given_rows = [one(i) if i % 7 else "no json" for i in range(40)]
     path = write(tmp_path, *given_rows)
     said: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -299,8 +308,10 @@ def test_workers_give_the_same_index(tmp_path: Path, catalogued: Renderer, home:
     alone = index_rows(
         path, Renderer(catalogued.tokenizer), PREFERENCES, "skip"
     )  # without a source: in this process
-    content = np.load(home.with_name("elsewhere") / "row_indexes" / by_workers.folder.name / "rows.npy")
-    assert (content == alone.rows).all()
+    folder = home.with_name("elsewhere") / "row_indexes" / by_workers.folder.name
+    assert (np.load(folder / "rows.npy") == alone.rows).all()
+    assert (np.load(folder / "ranked.npy") == alone.ranked).all()
+    assert bool(len(alone.ranked)) == lists
     assert by_workers.refused_count == alone.refused_count == 6
 
 
@@ -317,7 +328,7 @@ def test_what_a_tokenizer_lacks_is_said_by_workers_too(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_ends_the_reading_and_says_so(tmp_path: Path, catalogued: Renderer) -> None:
-    chunks = list(row_index._chunks(write(tmp_path, row("a", "b")), lambda rows, offset: None))
+    chunks = list(row_index.row_chunks(write(tmp_path, row("a", "b")), lambda rows, offset: None))
     with closing(RowWorkers(catalogued, PREFERENCES, 1)) as workers:
         assert len(next(workers.check(chunks)).usable) == 1
         workers._workers[0]._process.send_signal(signal.SIGKILL)

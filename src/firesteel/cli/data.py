@@ -97,9 +97,7 @@ def check(
         report.of_level(level) for report in reports for level in (_COUNTED if strict else _COUNTED[:1])
     )
     if not as_json:
-        _print_reports(reports, flags)
-        if len(files) > 1:
-            typer.echo("Each file was looked at by itself; --heldout FILE compares two.")
+        _print_reports(reports, flags, compared=len(files) > 1)
     cost = None
     if config is not None and not bad:
         from training.utils.data_estimate import estimate as estimate_run
@@ -259,7 +257,7 @@ def _check(flags: _Flags, kind: RowKind[Any], *, list_all: bool, on_stderr: bool
     return Check(renderer, kind, rules, list_all, Display(on_stderr=on_stderr).reading)
 
 
-def _print_reports(reports: list[FileReport], flags: _Flags) -> None:
+def _print_reports(reports: list[FileReport], flags: _Flags, *, compared: bool) -> None:
     from training.utils.data_check_text import report_lines
     from training.utils.progress import Display
 
@@ -267,6 +265,10 @@ def _print_reports(reports: list[FileReport], flags: _Flags) -> None:
     for report in reports:
         for line in report_lines(report):
             display.say(line)
+    if compared:
+        display.say(
+            "Files were compared too: what rows of two files have in common is told at the later one."
+        )
     if flags.name is None:
         display.say(
             "Without --model only what needs no tokens was checked: not the chat template, not lengths in tokens."

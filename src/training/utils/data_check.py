@@ -7,34 +7,29 @@ Rows are read and rendered by what runs use (`row_index`, `row_sets`), and findi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from firesteel.sdk.errors import DataError
+from training.utils.data_comparison import across_files, leakage
 from training.utils.data_figures import Lengths, Share
-from training.utils.data_findings import (
-    LINES_SHOWN,
-    DataFinding,
-    Level,
-    RowArray,
-    leakage,
-    lines_told,
-    longer_is_chosen,
-)
+from training.utils.data_findings import LINES_SHOWN, DataFinding, Level, lines_told, longer_is_chosen
 from training.utils.jsonl import located_rows, parse_row
 from training.utils.preference_data import OF_SFT
 from training.utils.preference_examples import ExampleError
 from training.utils.preference_rows import PREFERENCES
 from training.utils.rendering import Renderer
-from training.utils.row_check import RowKind
+from training.utils.row_check import RowKind, read_in_characters
 from training.utils.row_forms import FormatTally, refuse_nothing_left
-from training.utils.row_index import Progress, index_rows
+from training.utils.row_index import Progress, index_rows, row_chunks
 from training.utils.row_outcomes import Outcome, Rendering, RowCounts, RowOutcome
+from training.utils.row_records import RANKED, KeptRows, RowArray
 from training.utils.row_sets import select_rows
 from training.utils.sft_data import OF_PREFERENCES
 from training.utils.sft_rows import SFT
@@ -42,7 +37,7 @@ from training.utils.sft_rows import SFT
 Unit = Literal["tokens", "characters"]
 LISTED = 10
 REASONS_TOLD = 50
-_CHUNK = 4096
+_ROWS_OF_ONE_KIND = 20
 
 
 @dataclass(frozen=True)
@@ -99,13 +94,20 @@ class FileReport:
 
 def kind_of(paths: Sequence[str | Path]) -> RowKind[Any]:
     """What the first row that is JSON looks like: supervised, or else a preference."""
+    for path in paths:
+        for kind in _kinds_of_rows(path):
+            return kind or PREFERENCES
+    return PREFERENCES
+
+
+def _kinds_of_rows(path: str | Path) -> Iterator[RowKind[Any] | None]:
+    """What the rows that are JSON look like, None where that is neither."""
     with suppress(DataError):  # what is wrong with a file is told when it is checked
-        for row in located_rows(str(paths[0])):
+        for row in located_rows(str(path)):
             with suppress(ExampleError):
                 keys = parse_row(row.raw).keys()
-                supervised = keys & (OF_SFT | {"text", "instruction"}) and not keys & OF_PREFERENCES
-                return SFT if supervised else PREFERENCES
-    return PREFERENCES
+                supervised = keys & (OF_SFT | {"text", "instruction"})
+                yield PREFERENCES if keys & OF_PREFERENCES else SFT if supervised else None
 
 
 @dataclass(frozen=True)
@@ -120,73 +122,79 @@ class Check:
     reading: Callable[[str], Progress] = lambda path: lambda rows, offset: None
 
     def files(self, paths: Sequence[str], heldout: str | None = None) -> list[FileReport]:
-        """A report for each file, that of the held-out one last."""
+        """A report for each file, that of the held-out one last; files are compared with those before them."""
         checked = [self._file(path) for path in paths]
-        reports = [report for report, _ in checked]
+        compared = across_files([rows for _, rows in checked])
+        reports = [_with_findings(report, more) for (report, _), more in zip(checked, compared, strict=True)]
         if heldout is None:
             return reports
         report, rows = self._file(heldout)
-        leaked = leakage(rows, np.concatenate([rows for _, rows in checked]))
+        leaked = [finding for _, trained in checked for finding in leakage(rows, trained)]
         return [*reports, _with_findings(report, leaked)]
 
-    def _file(self, path: str) -> tuple[FileReport, RowArray]:
+    def _file(self, path: str) -> tuple[FileReport, KeptRows]:
         try:
             return self._in_characters(path) if self.renderer is None else self._in_tokens(path)
         except DataError as error:
-            unusable = DataFinding("error", error.code, str(error))
-            return FileReport(path, f"{path}: cannot be used", findings=(unusable,)), np.empty(
-                0, self.kind.record_type
-            )
+            unusable = self._of_another_kind(path) or DataFinding("error", error.code, str(error))
+            nothing = KeptRows(path, np.empty(0, self.kind.record_type), np.empty(0, RANKED))
+            return FileReport(path, f"{path}: cannot be used", findings=(unusable,)), nothing
 
-    def _in_tokens(self, path: str) -> tuple[FileReport, RowArray]:
+    def _of_another_kind(self, path: str) -> DataFinding | None:
+        """Why no row of a file can be used, said once, where its first rows tell."""
+        kinds = set(islice(_kinds_of_rows(path), _ROWS_OF_ONE_KIND))
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None or kind is self.kind:
+            return None
+        text = (
+            f"{path}: holds {kind.rows}, but is checked as {self.kind.rows}, as the first file is, or as the run "
+            "to estimate takes them; check it by itself"
+        )
+        return DataFinding("error", "another-kind", text)
+
+    def _in_tokens(self, path: str) -> tuple[FileReport, KeptRows]:
         assert self.renderer is not None
         index = index_rows(path, self.renderer, self.kind, "skip", self.reading(path))
         with closing(select_rows(index, self.renderer, self.rules)) as selected:
-            rows = selected.rows.records
+            rows = selected.rows.kept
             listing = _Listing(None if self.list_all else LISTED)
             listing.add(selected.outcomes())
-            report = self._report(path, index.format, rows, listing, selected.summary)
+            report = self._report(index.format, rows, listing, selected.summary)
         return report, rows
 
-    def _in_characters(self, path: str) -> tuple[FileReport, RowArray]:
-        formats, listing, parts = (
-            FormatTally(),
-            _Listing(None if self.list_all else LISTED),
-            [np.empty(0, self.kind.record_type)],
+    def _in_characters(self, path: str) -> tuple[FileReport, KeptRows]:
+        formats, listing = FormatTally(), _Listing(None if self.list_all else LISTED)
+        parts = [read_in_characters([], self.kind)]
+        for chunk in row_chunks(path, self.reading(path)):
+            parts.append(read_in_characters(chunk, self.kind))
+            formats.merge(parts[-1].formats)
+            listing.add(
+                RowOutcome(row.line, "refused", f"{row.field}: {row.reason}") for row in parts[-1].refused
+            )
+        rows = KeptRows(
+            path,
+            np.concatenate([part.usable for part in parts]),
+            np.concatenate([part.ranked for part in parts]),
         )
-        kept: list[tuple[int, ...]] = []
-        for row in located_rows(path):
-            try:
-                recorded = self.kind.in_characters(row)
-            except ExampleError as error:
-                listing.add([RowOutcome(row.line, "refused", str(error))])
-                continue
-            formats.add(recorded.form, row.line)
-            kept.append(recorded.record)
-            if len(kept) == _CHUNK:
-                parts.append(np.array(kept, dtype=self.kind.record_type))
-                kept = []
-        rows = np.concatenate([*parts, np.array(kept, dtype=self.kind.record_type)])
-        if not len(rows):
+        if not len(rows.records):
             first = [ExampleError(*row.reason.split(": ", 1)).at(path, row.line) for row in listing.listed]
             refuse_nothing_left(path, first, listing.rows, self.kind.shapes)
         form = formats.only(path)
-        counts = RowCounts(len(rows) + listing.rows, {"refused": listing.rows}, 0)
-        summary = counts.summary(
-            path, form, self.kind.made(rows, Rendering()).replace("tokens", "characters")
-        )
-        return self._report(path, form, rows, listing, summary), rows
+        counts = RowCounts(len(rows.records) + listing.rows, {"refused": listing.rows}, 0)
+        made = self.kind.made(rows.records, Rendering()).replace("tokens", "characters")
+        return self._report(form, rows, listing, counts.summary(path, form, made)), rows
 
-    def _report(self, path: str, form: str, rows: RowArray, listing: _Listing, summary: str) -> FileReport:
+    def _report(self, form: str, kept: KeptRows, listing: _Listing, summary: str) -> FileReport:
+        rows = kept.records
         lost = listing.findings("error" if self.rules.on_bad_row == "fail" else "warning")
         return FileReport(
-            path=path,
+            path=kept.path,
             summary=summary,
             form=form,
             rows=len(rows) + listing.rows - listing.count("shortened"),
             usable=len(rows),
             figures=self._figures(rows),
-            findings=(*lost, *self.kind.findings(rows)),
+            findings=(*lost, *self.kind.findings(kept)),
             losses=tuple(listing.losses),
             listed=tuple(listing.listed),
             lost=listing.rows,

@@ -19,13 +19,13 @@ from firesteel.finding import size
 from firesteel.sdk.types import IntArray
 from firesteel.sealed import storage_errors
 from firesteel.store import home
-from training.utils.data_findings import RowArray
 from training.utils.data_trial import Measured, Trial
 from training.utils.progress import Display
 from training.utils.reference_pass import RECORDED_PAIRS
 from training.utils.rendering import Renderer
 from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering
+from training.utils.row_records import RowArray
 from training.utils.row_sets import RowSet, select_rows
 from training.utils.run import epochs_of, split_pairs
 from training.utils.trainers import build_service

@@ -15,9 +15,10 @@ import numpy as np
 
 from firesteel.sdk.types import BoolArray
 from training.utils.data_figures import Share
+from training.utils.row_comparison import contradicting, repeated, row_keys
+from training.utils.row_records import KeptRows, RowArray
 from training.utils.row_signs import Sign
 
-RowArray = np.ndarray[tuple[int], np.dtype[np.void]]
 Level = Literal["error", "warning", "note"]
 LINES_SHOWN = 5
 REFUSALS_TOLD = 10
@@ -38,46 +39,49 @@ class DataFinding:
     rows: int = 0
     lines: tuple[int, ...] = ()
     """Of the first few of these rows."""
+    counterparts: tuple[Counterpart, ...] = ()
+    """Of the same few, where it is about rows of two files."""
 
     def __str__(self) -> str:
-        return f"{self.text}{lines_told(self.lines, self.rows)}"
+        there = ", ".join(str(row.other_line) for row in self.counterparts)
+        return f"{self.text}{lines_told(self.lines, self.rows, there)}"
 
 
-def lines_told(lines: tuple[int, ...], rows: int) -> str:
-    """` (lines 3, 8, 10 and 4 more)`; nothing where no line is known."""
+@dataclass(frozen=True)
+class Counterpart:
+    """A row of another file: what a row of this one says too, or contradicts."""
+
+    line: int
+    path: str
+    """Of the other file."""
+    other_line: int
+
+
+def lines_told(lines: tuple[int, ...], rows: int, there: str = "") -> str:
+    """` (lines 3, 8, 10 and 4 more)`, with those of another file; nothing where no line is known."""
     if not lines:
         return ""
     more = f" and {rows - len(lines):,} more" if rows > len(lines) else ""
-    return f" (line{'s' if rows > 1 else ''} {', '.join(map(str, lines))}{more})"
+    also = f"; there {there}" if there else ""
+    return f" (line{'s' if rows > 1 else ''} {', '.join(map(str, lines))}{more}{also})"
 
 
-def findings_of(rows: RowArray) -> Iterator[DataFinding]:
+def findings_of(rows: KeptRows) -> Iterator[DataFinding]:
     """Findings about rows of any kind that are used together."""
-    yield from _repeated(rows)
+    records = rows.records
+    text = "rows have been there before, token for token"
+    yield from _about(repeated(row_keys(records, "content")), records, "warning", "duplicates", text)
     for sign, (level, name, text) in _OF_SIGNS.items():
-        yield from _about(_with(rows, sign), rows, level, name, text)
+        yield from _about(_with(records, sign), records, level, name, text)
 
 
-def findings_of_preferences(rows: RowArray) -> Iterator[DataFinding]:
+def findings_of_preferences(rows: KeptRows) -> Iterator[DataFinding]:
     """The same, and those about what is preferred to what."""
     yield from findings_of(rows)
-    yield from _contradictory(rows)
-    yield from _length_bias(rows)
-    yield from _looks_swapped(rows)
-
-
-def leakage(heldout: RowArray, train: RowArray) -> Iterator[DataFinding]:
-    """Held-out rows whose prompt is trained on, or that are trained on themselves; lines are those held out."""
-    same_prompt = np.isin(heldout["prompt"], train["prompt"])
-    yield from _about(
-        same_prompt, heldout, "warning", "held-out-prompts", "held-out rows have a prompt that is trained on"
-    )
-    trained = _row_keys(train, "content")
-    same_row = np.isin(_row_keys(heldout, "content"), trained)
-    if "turned" in (heldout.dtype.names or ()):  # preferences
-        same_row |= np.isin(_row_keys(heldout, "turned"), trained)
-    text = "held-out rows are among the training rows too, or there the other way round"
-    yield from _about(same_row, heldout, "warning", "held-out-rows", text)
+    text = "rows contradict another: the same prompt and answers, preferred the other way round"
+    yield from _about(contradicting(rows), rows.records, "warning", "contradictions", text)
+    yield from _length_bias(rows.records)
+    yield from _looks_swapped(rows.records)
 
 
 def longer_is_chosen(rows: RowArray) -> Share:
@@ -110,15 +114,23 @@ _OF_SIGNS: dict[Sign, tuple[Level, str, str]] = {
 }
 
 
-_OF_ONE = {"have": "has", "are": "is", "begin": "begins", "end": "ends", "contradict": "contradicts"}
+_OF_ONE = {
+    **{verb: f"{verb}s" for verb in ("begin", "contradict", "end", "stand")},
+    "have": "has",
+    "are": "is",
+}
+
+
+def counted(count: int, text: str) -> str:
+    """`2 rows have …`, `1 row has …`; the text is that of several."""
+    if count == 1:
+        text = re.sub(r"rows (\w+)", lambda found: f"row {_OF_ONE[found[1]]}", text, count=1)
+    return f"{count:,} {text}"
 
 
 def _about(which: BoolArray, rows: RowArray, level: Level, name: str, text: str) -> Iterator[DataFinding]:
-    count = int(which.sum())
-    if count == 1:
-        text = re.sub(r"rows (\w+)", lambda found: f"row {_OF_ONE[found[1]]}", text, count=1)
-    if count:
-        yield DataFinding(level, name, f"{count:,} {text}", count, _first_lines(rows, which))
+    if count := int(which.sum()):
+        yield DataFinding(level, name, counted(count, text), count, _first_lines(rows, which))
 
 
 def _first_lines(rows: RowArray, which: BoolArray) -> tuple[int, ...]:
@@ -128,30 +140,6 @@ def _first_lines(rows: RowArray, which: BoolArray) -> tuple[int, ...]:
 def _with(rows: RowArray, sign: Sign) -> BoolArray:
     found: BoolArray = rows["signs"] & int(sign) != 0
     return found
-
-
-def _row_keys(
-    rows: RowArray, order: Literal["content", "turned"]
-) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """64 bits that stand for a row's prompt and answers, in their order or the opposite one."""
-    # An odd factor: the sum modulo 2^64 differs wherever one of the two hashes does.
-    keys: np.ndarray[tuple[int], np.dtype[np.uint64]] = rows["prompt"] * _FACTOR + rows[order]
-    return keys
-
-
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _repeated(rows: RowArray) -> Iterator[DataFinding]:
-    repeated = np.ones(len(rows), dtype=np.bool_)
-    repeated[np.unique(_row_keys(rows, "content"), return_index=True)[1]] = False
-    yield from _about(repeated, rows, "warning", "duplicates", "rows have been there before, token for token")
-
-
-def _contradictory(rows: RowArray) -> Iterator[DataFinding]:
-    against = np.isin(_row_keys(rows, "turned"), _row_keys(rows, "content"))
-    text = "rows contradict another: the same prompt and answers, preferred the other way round"
-    yield from _about(against, rows, "warning", "contradictions", text)
 
 
 def _length_bias(rows: RowArray) -> Iterator[DataFinding]:

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 
 from firesteel.sdk.types import IntArray
-from training.utils.data_findings import DataFinding, RowArray, findings_of_preferences
+from training.utils.data_findings import DataFinding, findings_of_preferences
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import PreferencePair, pairs_of, render_usable, shortened_or_dropped
 from training.utils.preference_data import FORMATS, read_row
 from training.utils.preference_examples import (
     ChatExample,
+    ExampleError,
     Messages,
     PreferenceExample,
     RankedExample,
     TextExample,
 )
 from training.utils.rendering import RenderedAnswers, Renderer
-from training.utils.row_check import CHECKED, PLACE, RecordedRow, json_key, prompt_key, tokens_key
+from training.utils.row_check import RecordedRow
 from training.utils.row_outcomes import Rendering, RowOutcome
+from training.utils.row_records import (
+    CHECKED,
+    PLACE,
+    KeptRows,
+    RankedAnswer,
+    RowArray,
+    json_key,
+    ordered_key,
+    tokens_key,
+)
 from training.utils.row_signs import RenderedTurns, Sign, said, signs_of, signs_of_preference
 from training.utils.tokenizer import Tokens, shared_length
 
@@ -43,12 +55,22 @@ class RenderedPreferences:
         """See `PreferenceRows.record_type`."""
         prompt_len = self.rendered.prompt_len
         answers = [side.tokens for side in self.answers.sides.values()]
-        behind = [tokens[prompt_len:] for tokens in answers]
-        keys = [tokens_key(behind), tokens_key(behind[::-1])]
-        place = (self.offset, prompt_key(answers[0][:prompt_len]), self.example.line, prompt_len)
-        checked = (keys[0], sum(map(len, answers)), saved_by_sharing(answers), int(self.signs))
+        keys = self._answer_keys
+        place = (self.offset, tokens_key(answers[0][:prompt_len]), self.example.line, prompt_len)
+        checked = (ordered_key(keys), sum(map(len, answers)), saved_by_sharing(answers), int(self.signs))
         lengths = len(answers[0]), max(map(len, answers[1:]))
-        return (*place, *checked, *lengths, len(self.rendered.preferences), self.rendered.ties, keys[1])
+        made = len(self.rendered.preferences), self.rendered.ties
+        return (*place, *checked, *lengths, *made, ordered_key(keys[::-1]))
+
+    @property
+    def ranked(self) -> Sequence[RankedAnswer]:
+        """See `row_check.RenderedRow`."""
+        return _ranked(self.example, self._answer_keys)
+
+    @cached_property
+    def _answer_keys(self) -> list[int]:
+        prompt_len = self.rendered.prompt_len
+        return [tokens_key(side.tokens[prompt_len:]) for side in self.rendered.sides.values()]
 
     @property
     def answers(self) -> RenderedAnswers:
@@ -73,6 +95,7 @@ class PreferenceRows:
     """See `row_check.RowKind`."""
 
     name = "preferences"
+    rows = "preferences"
     item = "pair"
     shapes: Sequence[str] = tuple(form.shape for form in FORMATS)
     record_type: np.dtype[np.void] = np.dtype(
@@ -123,9 +146,13 @@ class PreferenceRows:
             pairs, ties = len(example.preferences), example.ties
         place = (row.offset, json_key([asked, tools]), row.line, len(prompt))
         signs = int(signs_of_preference(row, texts[0], texts[-1]))
-        checked = (json_key(answers), sum(map(len, whole)), saved_by_sharing(whole), signs)
+        keys = [json_key(answer) for answer in answers]
+        if isinstance(example, RankedExample):
+            _refuse_same_answers(example, keys)
+        checked = (ordered_key(keys), sum(map(len, whole)), saved_by_sharing(whole), signs)
         lengths = len(whole[0]), max(map(len, whole[1:]))
-        return RecordedRow(form, (*place, *checked, *lengths, pairs, ties, json_key(answers[::-1])))
+        record = (*place, *checked, *lengths, pairs, ties, ordered_key(keys[::-1]))
+        return RecordedRow(form, record, _ranked(example, keys))
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""
@@ -161,9 +188,9 @@ class PreferenceRows:
         ).astype(np.int64)
         return computed
 
-    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+    def findings(self, rows: KeptRows) -> Iterator[DataFinding]:
         """See `row_check.RowKind`."""
-        return findings_of_preferences(records)
+        return findings_of_preferences(rows)
 
     def counts(self, records: RowArray) -> IntArray:
         """See `row_check.RowKind`."""
@@ -192,6 +219,22 @@ def prompt_and_answers(example: PreferenceExample) -> tuple[Messages | str, tupl
         return example.prompt, example.answers
     prompt = "" if isinstance(example, TextExample) else example.prompt
     return prompt, (example.chosen, example.rejected)
+
+
+def _ranked(example: PreferenceExample, keys: Sequence[int]) -> list[RankedAnswer]:
+    if len(keys) == 2 or not isinstance(example, RankedExample):
+        return []
+    places = {rank: place for place, rank in enumerate(sorted(set(example.ranks)))}
+    return [RankedAnswer(places[rank], key) for rank, key in zip(example.ranks, keys, strict=True)]
+
+
+def _refuse_same_answers(example: RankedExample, keys: Sequence[int]) -> None:
+    """As `pairs` does with tokens."""
+    for better, worse in example.preferences:
+        if keys[better] == keys[worse]:
+            raise ExampleError(
+                f"answer {worse + 1}", f"the same as answer {better + 1}: there is nothing to prefer"
+            )
 
 
 def _messages(turns: Messages | str) -> Messages:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from firesteel.sdk.types import IntArray
-from training.utils.data_findings import DataFinding, RowArray
+from training.utils.data_findings import DataFinding
 from training.utils.jsonl import LocatedRow
 from training.utils.preference_examples import ExampleError
 from training.utils.rendering import RenderedAnswers, Renderer
 from training.utils.row_forms import FormatTally
 from training.utils.row_outcomes import Rendering, RowOutcome
+from training.utils.row_records import RANKED, KeptRows, RankedAnswer, RowArray
 
 T_co = TypeVar("T_co", covariant=True)
-
-# What is kept of every usable row; a kind of row adds lengths of its own.
-PLACE = [
-    ("offset", "<u8"),  # where it starts in the file
-    ("prompt", "<u8"),  # hash of the prompt's tokens: equal prompts are held out together
-    ("line", "<u4"),
-    ("prompt_len", "<u4"),  # tokens
-]
-# What the data check knows rows by (`data_findings`), for kinds that it looks at.
-CHECKED = [
-    ("content", "<u8"),  # hash of the tokens behind the prompt, of all answers in their order
-    ("tokens", "<u4"),  # of all whole sequences
-    ("saved", "<u4"),  # of these, how many others begin with too: they need not be computed
-    ("signs", "<u4"),  # `row_signs.Sign`
-]
 
 
 class RenderedRow(Protocol[T_co]):
@@ -46,6 +30,10 @@ class RenderedRow(Protocol[T_co]):
     @property
     def record(self) -> tuple[int, ...]:
         """What is kept of it, see `RowKind.record_type`."""
+
+    @property
+    def ranked(self) -> Sequence[RankedAnswer]:
+        """What is kept of each of its answers where it ranks more than two of them, best first; or nothing."""
 
     def items(self, rules: Rendering) -> Sequence[T_co]:
         """What it makes; it is not longer than the rules allow, or they shorten it."""
@@ -62,12 +50,14 @@ class RowKind(Protocol[T_co]):
     """What the rows of a file are to a recipe: preferences, or conversations."""
 
     name: str
+    rows: str
+    """What they are, for people."""
     item: str
     """What a row makes, for people."""
     shapes: Sequence[str]
     """The forms that a row may have, for people."""
     record_type: np.dtype[np.void]
-    """What is kept of a usable row: `PLACE`, and more."""
+    """What is kept of a usable row: `row_records.PLACE`, and more."""
     code: Sequence[str]
     """Modules, beside those that all kinds use, on which it depends what a row becomes."""
 
@@ -95,7 +85,7 @@ class RowKind(Protocol[T_co]):
     def computed(self, records: RowArray, longest: int | None) -> IntArray:
         """How many tokens of each row are computed: beginnings that are shared count once."""
 
-    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+    def findings(self, rows: KeptRows) -> Iterator[DataFinding]:
         """What is wrong, or may be wrong, with rows that are used together."""
 
 
@@ -105,6 +95,8 @@ class RecordedRow:
 
     form: str
     record: tuple[int, ...]
+    ranked: Sequence[RankedAnswer] = ()
+    """See `RenderedRow.ranked`."""
 
 
 @dataclass(frozen=True)
@@ -121,38 +113,36 @@ class CheckedRows:
     """What became of some rows of a file, in order."""
 
     usable: RowArray
+    ranked: RowArray
+    """See `row_records.RANKED`."""
     refused: list[RefusedRow] = field(default_factory=list)
     formats: FormatTally = field(default_factory=FormatTally)
 
 
 def check_rows(rows: Sequence[LocatedRow], renderer: Renderer, kind: RowKind[Any]) -> CheckedRows:
     """Read and render each row once. Raises ModelError where the tokenizer lacks what rows need."""
-    usable, refused, formats = [], [], FormatTally()
+    return _checked(rows, lambda row: kind.render(row, renderer), kind)
+
+
+def read_in_characters(rows: Sequence[LocatedRow], kind: RowKind[Any]) -> CheckedRows:
+    """Read each row once, without a tokenizer: lengths are in characters."""
+    return _checked(rows, kind.in_characters, kind)
+
+
+def _checked(
+    rows: Sequence[LocatedRow],
+    read: Callable[[LocatedRow], RenderedRow[Any] | RecordedRow],
+    kind: RowKind[Any],
+) -> CheckedRows:
+    usable, ranked, refused, formats = [], [], [], FormatTally()
     for row in rows:
         try:
-            rendered = kind.render(row, renderer)
-            formats.add(rendered.form, row.line)
-            usable.append(rendered.record)
+            one = read(row)
+            record = one.record
         except ExampleError as error:
             refused.append(RefusedRow(row.line, error.field, error.reason))
-    return CheckedRows(np.array(usable, dtype=kind.record_type), refused, formats)
-
-
-def prompt_key(tokens: Sequence[int]) -> int:
-    """64 bits of a prompt."""
-    return _key_of(np.asarray(tokens, dtype="<i8").tobytes())
-
-
-def tokens_key(sequences: Sequence[Sequence[int]]) -> int:
-    """64 bits that stand for what some sequences say, and their order."""
-    parts = (np.asarray(tokens, dtype="<i8") for tokens in sequences)
-    return _key_of(b"".join(len(part).to_bytes(8, "little") + part.tobytes() for part in parts))
-
-
-def json_key(content: object) -> int:
-    """The same for a text, messages, or whatever else is JSON."""
-    return _key_of(json.dumps(content, sort_keys=True).encode())
-
-
-def _key_of(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+            continue
+        formats.add(one.form, row.line)
+        usable.append(record)
+        ranked += [(row.line, answer.rank, answer.key) for answer in one.ranked]
+    return CheckedRows(np.array(usable, kind.record_type), np.array(ranked, RANKED), refused, formats)

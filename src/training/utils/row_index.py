@@ -2,8 +2,9 @@
 
     $FIRESTEEL_HOME/row_indexes/KEY/
         rows.npy        some bytes for each usable row (`RowKind.record_type`)
+        ranked.npy      some bytes for each answer of the ranked lists among them (`row_records.RANKED`)
         refused.jsonl   line, field and reason of each other one
-        index.json      counts, and the hashes of the other two: written last
+        index.json      counts, and the hashes of the other three: written last
 
 KEY is a hash of all that decides the content: the file's bytes, tokenizer and chat template, and the code that
 reads and renders rows. Limits (`max_seq_len`) are not in it: lengths are whole, rules apply to them later.
@@ -26,19 +27,19 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
 from firesteel.sealed import FolderInUse, sync
 from firesteel.store import home
-from training.utils.data_findings import RowArray
 from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_rows
 from training.utils.rendering import Renderer
 from training.utils.row_check import CheckedRows, RefusedRow, RowKind, check_rows
 from training.utils.row_forms import ERRORS_SHOWN, FormatTally, refuse_nothing_left, refuse_rows
 from training.utils.row_outcomes import OnBadRow
+from training.utils.row_records import RANKED, KeptRows, RowArray
 from training.utils.row_workers import RowWorkers
 
 T = TypeVar("T")
@@ -48,9 +49,18 @@ CHUNK_ROWS, CHUNK_BYTES = 512, 2**20
 # Starting a worker takes seconds: smaller files are read here.
 BYTES_WORTH_WORKERS = 8_000_000
 # What all kinds of rows depend on; see `RowKind.code`.
-_CODE = ("jsonl", "row_values", "row_forms", "conversations", "preference_examples", "row_check")
+_CODE = (
+    "jsonl",
+    "row_values",
+    "row_forms",
+    "conversations",
+    "preference_examples",
+    "row_records",
+    "row_check",
+)
 _RENDERING = ("tokenizer", "chat_template", "rendering")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
+_HASHED = ("rows.npy", "ranked.npy", "refused.jsonl")
 _STALE_SECONDS = 24 * 3600
 _ATTEMPTS = 4
 
@@ -68,6 +78,7 @@ class IndexHeader:
     refused: int
     formats: FormatTally
     rows_sha256: str
+    ranked_sha256: str
     refused_sha256: str
 
 
@@ -81,6 +92,8 @@ class RowIndex(Generic[T]):
     format: str
     rows: RowArray
     """Mapped from the file, not read into memory."""
+    ranked: RowArray
+    """The same; see `row_records.RANKED`."""
     refused_count: int
     folder: Path
     state: FileState
@@ -92,6 +105,11 @@ class RowIndex(Generic[T]):
     def total(self) -> int:
         """Rows of the file."""
         return len(self.rows) + self.refused_count
+
+    @property
+    def kept(self) -> KeptRows:
+        """What is kept of all its usable rows."""
+        return KeptRows(self.path, self.rows, self.ranked)
 
     def refused(self) -> Iterator[RefusedRow]:
         """Each row that cannot be used, in order."""
@@ -124,8 +142,21 @@ def index_rows(
         refuse_rows(path, first, header.refused)
     if not header.usable:
         refuse_nothing_left(path, first, header.refused, kind.shapes)
-    rows = np.load(folder / "rows.npy", mmap_mode="r")
-    return RowIndex(path, sha256, kind, form, rows, header.refused, folder, state, in_use)
+    rows, ranked = (np.load(folder / name, mmap_mode="r") for name in ("rows.npy", "ranked.npy"))
+    return RowIndex(path, sha256, kind, form, rows, ranked, header.refused, folder, state, in_use)
+
+
+def row_chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
+    """The rows of a file, so many at once that they do not fill the memory."""
+    chunk: list[LocatedRow] = []
+    for done, row in enumerate(located_rows(path), start=1):
+        chunk.append(row)
+        if len(chunk) >= CHUNK_ROWS or row.offset - chunk[0].offset >= CHUNK_BYTES:
+            yield chunk
+            progress(done, row.offset)
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def indexes_folder() -> Path:
@@ -169,10 +200,10 @@ def read_header(folder: Path) -> IndexHeader | None:
     try:
         content = json.loads((folder / "index.json").read_text())
         header = IndexHeader(**content | {"formats": FormatTally(**content["formats"])})
-        found = [hash_of_file(str(folder / name))[0] for name in ("rows.npy", "refused.jsonl")]
+        found = [hash_of_file(str(folder / name))[0] for name in _HASHED]
     except (OSError, ValueError, TypeError, KeyError, DataError):
         return None
-    return header if found == [header.rows_sha256, header.refused_sha256] else None
+    return header if found == [header.rows_sha256, header.ranked_sha256, header.refused_sha256] else None
 
 
 @dataclass(frozen=True)
@@ -227,43 +258,44 @@ def _put(partial: Path, folder: Path) -> None:
 def _checked(path: str, check: _Check, progress: Progress) -> Generator[CheckedRows]:
     count = min(os.cpu_count() or 1, 8)
     if check.renderer.source is None or count == 1 or os.path.getsize(path) < BYTES_WORTH_WORKERS:
-        for chunk in _chunks(path, progress):
+        for chunk in row_chunks(path, progress):
             yield check_rows(chunk, check.renderer, check.kind)
         return
     with closing(RowWorkers(check.renderer, check.kind, count)) as workers:
-        yield from workers.check(_chunks(path, progress))
-
-
-def _chunks(path: str, progress: Progress) -> Iterator[list[LocatedRow]]:
-    chunk: list[LocatedRow] = []
-    for done, row in enumerate(located_rows(path), start=1):
-        chunk.append(row)
-        if len(chunk) >= CHUNK_ROWS or row.offset - chunk[0].offset >= CHUNK_BYTES:
-            yield chunk
-            progress(done, row.offset)
-            chunk = []
-    if chunk:
-        yield chunk
+        yield from workers.check(row_chunks(path, progress))
 
 
 def _write(folder: Path, checked: Iterable[CheckedRows], sha256: str, kind: RowKind[Any]) -> None:
-    formats, refused, usable = FormatTally(), 0, 0
-    raw, listing = folder / "rows.raw", folder / "refused.jsonl"
-    with raw.open("wb") as rows, listing.open("w", encoding="utf-8") as bad:
+    formats, refused = FormatTally(), 0
+    rows, ranked = folder / "rows.npy", folder / "ranked.npy"
+    with (
+        _array(rows, kind.record_type) as usable,
+        _array(ranked, RANKED) as answers,
+        (folder / "refused.jsonl").open("w", encoding="utf-8") as bad,
+    ):
         for part in checked:
-            rows.write(part.usable.tobytes())
+            usable.write(part.usable.tobytes())
+            answers.write(part.ranked.tobytes())
             bad.writelines(json.dumps(asdict(row)) + "\n" for row in part.refused)
             formats.merge(part.formats)
-            refused, usable = refused + len(part.refused), usable + len(part.usable)
-    # As a map: a million rows need not pass through memory.
-    records = np.memmap(raw, dtype=kind.record_type, mode="r") if usable else np.empty(0, kind.record_type)
-    np.save(folder / "rows.npy", records)
-    raw.unlink()
-    hashes = [hash_of_file(str(folder / name))[0] for name in ("rows.npy", "refused.jsonl")]
-    header = IndexHeader(sha256, usable, refused, formats, *hashes)
+            refused += len(part.refused)
+    hashes = [hash_of_file(str(folder / name))[0] for name in _HASHED]
+    count = len(np.load(rows, mmap_mode="r"))
+    header = IndexHeader(sha256, count, refused, formats, *hashes)
     (folder / "index.json").write_text(json.dumps(asdict(header)))
-    for name in ("rows.npy", "refused.jsonl", "index.json", "."):
+    for name in (*_HASHED, "index.json", "."):
         sync(folder / name)
+
+
+@contextmanager
+def _array(path: Path, dtype: np.dtype[np.void]) -> Iterator[IO[bytes]]:
+    """A file for the bytes of an array, which is made one when all are there: they need not pass through memory."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        yield file
+    content = np.memmap(raw, dtype, mode="r") if raw.stat().st_size else np.empty(0, dtype)
+    np.save(path, content)
+    raw.unlink()
 
 
 @contextmanager

@@ -18,12 +18,12 @@ import numpy as np
 
 from firesteel.sdk.errors import DataError
 from firesteel.sdk.types import BoolArray, IntArray
-from training.utils.data_findings import RowArray
 from training.utils.jsonl import LocatedRow, RowsFile
 from training.utils.rendering import Renderer
 from training.utils.row_check import RenderedRow
 from training.utils.row_index import RowIndex
 from training.utils.row_outcomes import Outcome, Rendering, RowCounts, RowOutcome, refuse_most
+from training.utils.row_records import KeptRows, KeyArray, RowArray
 
 T = TypeVar("T")
 
@@ -83,9 +83,14 @@ class RowSet(Generic[T]):
         return self.source.index.rows[self.places]
 
     @property
-    def prompts(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    def kept(self) -> KeptRows:
+        """The same, and what is kept of their answers where they are ranked lists."""
+        return self.source.index.kept.at(self.places)
+
+    @property
+    def prompts(self) -> KeyArray:
         """For each row, a hash of its prompt."""
-        prompts: np.ndarray[tuple[int], np.dtype[np.uint64]] = self.records["prompt"]
+        prompts: KeyArray = self.records["prompt"]
         return prompts
 
     def where(self, chosen: BoolArray) -> RowSet[T]:

@@ -28,6 +28,7 @@ from training.utils.rendering import Renderer
 from training.utils.row_check import CheckedRows, RefusedRow, RowKind, check_rows
 from training.utils.row_forms import FormatTally
 from training.utils.row_kinds import KINDS
+from training.utils.row_records import RANKED
 
 
 class RowWorkers:
@@ -159,15 +160,16 @@ def _rows_of(frame: _Frame) -> list[LocatedRow]:
 
 
 def _checked_frame(checked: CheckedRows) -> _Frame:
-    header = {"refused": checked.refused, "formats": checked.formats}
-    return _Frame(header, checked.usable.tobytes())
+    header = {"usable": len(checked.usable), "refused": checked.refused, "formats": checked.formats}
+    return _Frame(header, checked.usable.tobytes() + checked.ranked.tobytes())
 
 
 def _checked_of(frame: _Frame, kind: RowKind[Any]) -> CheckedRows:
-    refused = [RefusedRow(**row) for row in frame.header["refused"]]
-    return CheckedRows(
-        np.frombuffer(frame.body, kind.record_type), refused, FormatTally(**frame.header["formats"])
-    )
+    header, usable = frame.header, frame.header["usable"]
+    refused = [RefusedRow(**row) for row in header["refused"]]
+    records = np.frombuffer(frame.body, kind.record_type, usable)
+    ranked = np.frombuffer(frame.body, RANKED, offset=records.nbytes)
+    return CheckedRows(records, ranked, refused, FormatTally(**header["formats"]))
 
 
 @dataclass(frozen=True)

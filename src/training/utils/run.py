@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from training.utils.checkpoints import Identity
-from training.utils.data_findings import leakage
+from training.utils.data_comparison import leakage
 from training.utils.evaluation import Split, split_by_prompt
 from training.utils.learner import Learner
 from training.utils.progress import Display
@@ -83,9 +83,9 @@ def data_identity(
 def doubts(selections: Sequence[SelectedRows[Any]], split: Split[Any]) -> Iterator[str]:
     """What the data check warns of, of files that can be used."""
     for selected in selections:
-        for finding in selected.rows.source.index.kind.findings(selected.rows.records):
+        for finding in selected.rows.source.index.kind.findings(selected.rows.kept):
             if finding.level == "warning":
                 yield f"warning: {selected.path}: {finding}"
     if len(selections) > 1:
-        for finding in leakage(split.heldout.records, split.train.records):
+        for finding in leakage(split.heldout.kept, split.train.kept):
             yield f"warning: eval_dataset: {finding}"

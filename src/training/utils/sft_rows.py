@@ -8,13 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from firesteel.sdk.types import Datum, IntArray
-from training.utils.data_findings import DataFinding, RowArray, findings_of
+from training.utils.data_findings import DataFinding, findings_of
 from training.utils.jsonl import LocatedRow
 from training.utils.pairs import datum_of
 from training.utils.preference_examples import ExampleError, Messages
 from training.utils.rendering import RenderedAnswers, RenderedSide, Renderer
-from training.utils.row_check import CHECKED, PLACE, RecordedRow, json_key, prompt_key, tokens_key
+from training.utils.row_check import RecordedRow
 from training.utils.row_outcomes import Rendering, RowOutcome
+from training.utils.row_records import (
+    CHECKED,
+    PLACE,
+    KeptRows,
+    RankedAnswer,
+    RowArray,
+    json_key,
+    tokens_key,
+)
 from training.utils.row_signs import RenderedTurns, Sign, said, signs_of
 from training.utils.sft_data import DOCUMENT, FORMATS, read_sft_row
 from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
@@ -52,8 +61,13 @@ class RenderedSequence:
         start = int(np.flatnonzero(mask)[0])
         # A text has no prompt: no two of them are one group for being learned from their second token on.
         asked = tokens if self.form == DOCUMENT else tokens[:start]
-        place = (self.offset, prompt_key(asked), self.line, start)
-        return (*place, tokens_key([tokens[start:]]), len(tokens), 0, int(self.signs), int(mask.sum()))
+        place = (self.offset, tokens_key(asked), self.line, start)
+        return (*place, tokens_key(tokens[start:]), len(tokens), 0, int(self.signs), int(mask.sum()))
+
+    @property
+    def ranked(self) -> Sequence[RankedAnswer]:
+        """See `row_check.RenderedRow`."""
+        return ()
 
     @property
     def answers(self) -> RenderedAnswers:
@@ -79,6 +93,7 @@ class SftRows:
     """See `row_check.RowKind`."""
 
     name = "sft"
+    rows = "supervised rows"
     item = "example"
     shapes: Sequence[str] = tuple(form.shape for form in FORMATS)
     record_type: np.dtype[np.void] = np.dtype(
@@ -120,9 +135,9 @@ class SftRows:
         whole: IntArray = np.minimum(records["tokens"].astype(np.int64), longest or np.iinfo(np.int64).max)
         return whole
 
-    def findings(self, records: RowArray) -> Iterator[DataFinding]:
+    def findings(self, rows: KeptRows) -> Iterator[DataFinding]:
         """See `row_check.RowKind`."""
-        return findings_of(records)
+        return findings_of(rows)
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""

@@ -54,6 +54,42 @@ def test_several_files_are_checked_and_one_held_out(tmp_path: Path) -> None:
     assert [finding["lines"] for finding in report["files"][2]["findings"]] == [[1, 2], [1, 2]]
 
 
+def test_several_files_are_compared(tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", 4, start) for name, start in (("a", 0), ("b", 3))]
+    told = f"1 row stands in {files[0]} too, token for token"
+    printed = firesteel("check", *files).stdout
+    assert f"warning[duplicates-across-files]: {told} (line 1; there 4)\n" in printed
+    assert "Files were compared too" in printed
+    assert printed.rstrip().endswith("errors: 0, warnings: 1")
+    assert "Files were compared" not in firesteel("check", files[0], "--heldout", files[1]).stdout
+    assert firesteel("check", *files, "--strict").exit_code == 2
+    report = json.loads(firesteel("check", *files, "--json").stdout)
+    assert [file["findings"] for file in report["files"]] == [
+        [],
+        [
+            {
+                "level": "warning",
+                "name": "duplicates-across-files",
+                "text": told,
+                "rows": 1,
+                "lines": [1],
+                "counterparts": [{"line": 1, "path": files[0], "other_line": 4}],
+            }
+        ],
+    ]
+
+
+def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 3)
+    result = firesteel("check", write_rows(tmp_path / "pairs.jsonl", 4), chats)
+    assert result.exit_code == 2
+    assert (
+        f"error[another-kind]: {chats}: holds supervised rows, but is checked as preferences" in result.stdout
+    )
+    assert result.stdout.count("chats.jsonl") == 2
+
+
 def test_a_check_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no FILE is given"):
         firesteel("check")
