@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -53,6 +53,10 @@ COUNTING_TURNS = "{{ messages | length ~ ' turns\\n' }}" + CHATML
 WITHOUT_END_OF_TURN = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+OF_NAMES_AND_COLONS = (
+    "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 ENDING_THE_LAST_TURN_ONLY = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}"
@@ -103,3 +107,18 @@ def space_adding_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
     tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def byte_fallback_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """As that of Llama 2: letters, and what else there is as bytes; a space before every text, which decoding drops."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = ["<unk>", *bytes_, *"▁abcdefghijklmnopqrstuvwxyz", "▁a", "ab"]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    merges = [("▁", "a"), ("a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)

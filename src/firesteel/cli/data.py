@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +15,6 @@ from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from training.utils.data_check import Check, FileReport
-    from training.utils.data_preview import Preview
     from training.utils.row_check import RowKind
     from training.utils.training_settings import TrainingSettings
 
@@ -183,9 +181,11 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="So many rows that make pairs.")] = 3,
     max_seq_len: _Longest = None,
     truncate: _Truncate = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Mark where tokens end, in text too.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Show rows as the model will see them: every token decoded, and which of them are scored."""
+    from firesteel.cli.token_display import print_previews
     from training.utils.data_check import kind_of
     from training.utils.data_preview import previews
     from training.utils.rendering import Renderer
@@ -198,7 +198,7 @@ def preview(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=1, ensure_ascii=False))
         return
-    _print_previews(found)
+    print_previews(found, borders=tokens)
 
 
 _COUNTED: tuple[Literal["error", "warning"], ...] = ("error", "warning")
@@ -284,43 +284,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_SCORED = {"chosen": "bold green", "answer 1": "bold green", "rejected": "bold red"}
-_OPEN, _CLOSE = "⟦", "⟧"
-
-
-def _print_previews(found: Iterable[Preview]) -> None:
-    """With colours on a terminal that has them; elsewhere scored tokens stand in brackets."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    coloured = console.is_terminal and console.color_system is not None and not console.no_color
-    how = "scored tokens are bold and coloured" if coloured else f"scored tokens stand in {_OPEN}{_CLOSE}"
-    console.print(f"{how}; ↵ is a line break", markup=False)
-    for row in found:
-        console.print(f"\n{row.path}:{row.line}: {row.problem or row.form}", markup=False)
-        for part in row.parts:
-            tokens, scored = (
-                sum(piece.tokens for piece in part.pieces if piece.scored or not only)
-                for only in (False, True)
-            )
-            text = Text(f"  {part.name}, {tokens:,} tokens, {scored:,} scored: ")
-            for piece in part.pieces:
-                shown = _visible(piece.text)
-                if coloured or not piece.scored:
-                    text.append(shown, _SCORED.get(part.name, "bold yellow") if piece.scored else "dim")
-                else:
-                    text.append(f"{_OPEN}{shown}{_CLOSE}")
-            if part.cut:
-                text.append(f"  ✂ cut here: {part.cut:,} tokens do not fit")
-            console.print(text)
-
-
-def _visible(text: str) -> str:
-    """Line breaks marked, and whatever else is no letter as its code: a terminal obeys some of those."""
-    return "".join(
-        "↵\n" if letter == "\n" else letter if letter.isprintable() else f"\\u{ord(letter):04x}"
-        for letter in text
-    )

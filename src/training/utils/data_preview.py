@@ -1,26 +1,35 @@
-"""Rows as the model will see them: decoded tokens, special ones included, and which of them are scored."""
+"""Rows as the model will see them: each token decoded, special ones included, and which of them are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from firesteel.sdk.errors import RowError
-from firesteel.sdk.types import FloatArray
 from training.utils.jsonl import located_rows
 from training.utils.preference_examples import ExampleError
-from training.utils.rendering import RenderedAnswers, Renderer
+from training.utils.rendering import RenderedAnswers, RenderedSide, Renderer
 from training.utils.row_check import RenderedRow, RowKind
 from training.utils.row_forms import ERRORS_SHOWN, refuse_nothing_left
 from training.utils.row_outcomes import Rendering
-from training.utils.tokenizer import Tokens
+from training.utils.token_texts import token_texts
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens that stand together and are all scored, or all not."""
+class ShownToken:
+    """One token. The texts of all tokens of a prompt and its answer, one behind the other, are the decoded whole."""
+
+    id: int
+    text: str
+    scored: bool
+    unfinished: bool
+    """It is the beginning of a character, whose text stands at the last of its tokens."""
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """The text of a token, or of several that make a character together."""
 
     text: str
     tokens: int
@@ -32,9 +41,26 @@ class ShownPart:
     """One part of a row: the prompt, or an answer to it."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    tokens: tuple[ShownToken, ...]
     cut: int = 0
     """Tokens that do not fit and are left out."""
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens are."""
+        return sum(token.scored for token in self.tokens)
+
+    @property
+    def texts(self) -> Iterator[ShownText]:
+        """Its text, divided where its tokens are."""
+        count = 0
+        for token in self.tokens:
+            count += 1
+            if not token.unfinished:
+                yield ShownText(token.text, count, token.scored)
+                count = 0
+        if count:  # the answers go on inside a character
+            yield ShownText("", count, token.scored)
 
 
 @dataclass(frozen=True)
@@ -92,22 +118,20 @@ def _fitted(rendered: RenderedRow[Any], rules: Rendering) -> RenderedAnswers:
 
 def _parts(renderer: Renderer, whole: RenderedAnswers, fitted: RenderedAnswers) -> tuple[ShownPart, ...]:
     start = fitted.prompt_len
-    first = next(iter(fitted.sides.values()))
-    prompt = ShownPart("prompt", _pieces(renderer, first.tokens[:start], first.mask[:start]))
+    shown = {name: _shown(renderer, side) for name, side in fitted.sides.items()}
+    prompt = ShownPart("prompt", next(iter(shown.values()))[:start])
     answers = (
-        ShownPart(
-            name,
-            _pieces(renderer, side.tokens[start:], side.mask[start:]),
-            len(whole.sides[name].tokens) - len(side.tokens),
-        )
-        for name, side in fitted.sides.items()
+        ShownPart(name, tokens[start:], len(whole.sides[name].tokens) - len(tokens))
+        for name, tokens in shown.items()
     )
     return (prompt, *answers) if start else tuple(answers)
 
 
-def _pieces(renderer: Renderer, tokens: Tokens, mask: FloatArray) -> tuple[Piece, ...]:
-    pieces = []
-    for scored, group in groupby(zip(tokens, mask, strict=True), key=lambda pair: bool(pair[1])):
-        some = [token for token, _ in group]
-        pieces.append(Piece(str(renderer.tokenizer.decode(some)), len(some), scored))
-    return tuple(pieces)
+def _shown(renderer: Renderer, side: RenderedSide) -> tuple[ShownToken, ...]:
+    texts = []
+    for each in token_texts(renderer.tokenizer, side.tokens):
+        texts += [("", True)] * (each.tokens - 1) + [(each.text, False)]
+    return tuple(
+        ShownToken(token, text, bool(scored), unfinished)
+        for token, scored, (text, unfinished) in zip(side.tokens, side.mask, texts, strict=True)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +211,64 @@ def test_a_preview_shows_prompt_and_sides_with_marks_where_there_is_no_colour(tm
     assert "\x1b" not in result.stdout
 
 
+COLOURS = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+
+
 def test_a_preview_has_colours_on_a_terminal_unless_they_are_not_wanted(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", 1)
     arguments = ("preview", path, "--model", "tiny-llama")
-    coloured = firesteel(*arguments, FORCE_COLOR="1", TERM="xterm-256color").stdout
-    assert "\x1b[1;32myes 0<|im_end|>" in coloured
+    coloured = firesteel(*arguments, **COLOURS).stdout
+    assert "\x1b[1;32my\x1b[0m\x1b[1;4;32me" in coloured
     assert "⟦" not in coloured
-    plain = firesteel(*arguments, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1").stdout
+    plain = firesteel(*arguments, **COLOURS, NO_COLOR="1").stdout
     assert "⟦yes 0<|im_end|>⟧" in plain
+    assert "\x1b" not in plain
+
+
+def without_colours(text: str) -> str:
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def write_emoji(tmp_path: Path) -> str:
+    path = tmp_path / "emoji.jsonl"
+    row = {"prompt": "smile: ", "chosen": "a 😀 b\n\n你  ", "rejected": "[b]none[/b]"}
+    path.write_text(json.dumps(row) + "\n")
+    return str(path)
+
+
+def test_the_text_of_a_preview_is_the_same_in_colours_and_without(tmp_path: Path) -> None:
+    arguments = ("preview", write_emoji(tmp_path), "--model", "tiny-llama", "--rows", 1)
+    plain = firesteel(*arguments).stdout.splitlines()
+    for columns in ("30", "200"):
+        coloured = without_colours(firesteel(*arguments, **COLOURS, COLUMNS=columns).stdout).splitlines()
+        assert coloured[1:] == [line.replace("⟦", "").replace("⟧", "") for line in plain[1:]]
+    assert "chosen, 16 tokens, 16 scored, 7 only parts of a character: a 😀 b↵" in "\n".join(coloured)
+
+
+def test_every_second_token_is_underlined(tmp_path: Path) -> None:
+    arguments = ("preview", write_emoji(tmp_path), "--model", "tiny-llama")
+    (row,) = json.loads(firesteel(*arguments, "--json").stdout)
+    chosen = row["parts"][1]["tokens"]
+    texts = [token["text"] for token in chosen if not token["unfinished"]]
+    coloured = firesteel(*arguments, **COLOURS).stdout
+    shown = re.findall(r"\x1b\[1;(4;)?32m([^\x1b]*)\x1b", coloured)
+    assert [text for _, text in shown] == [text.replace("\n", "↵") for text in texts]
+    assert [bool(underlined) for underlined, _ in shown] == [place % 2 == 1 for place in range(len(texts))]
+
+
+def test_borders_stand_between_tokens_where_they_are_asked_for(tmp_path: Path) -> None:
+    arguments = ("preview", write_emoji(tmp_path), "--model", "tiny-llama", "--tokens")
+    plain = firesteel(*arguments)
+    assert "⟦a│ │😀₄│ │b│↵\n│↵\n│你₃│ │ │<|im_end|>⟧" in plain.stdout
+    assert "│ stands between tokens, ₃ behind what takes 3 of them" in plain.stdout
+    coloured = without_colours(firesteel(*arguments, **COLOURS).stdout)
+    assert "a│ │😀₄│ │b│↵\n│↵\n│你₃│ │ │<|im_end|>" in coloured
 
 
 def test_a_preview_marks_what_is_cut_and_names_what_is_dropped(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", 1)
     (row,) = json.loads(firesteel("preview", path, "--model", "tiny-llama", "--json").stdout)
-    prompt, _, rejected = (sum(piece["tokens"] for piece in part["pieces"]) for part in row["parts"])
+    prompt, _, rejected = (len(part["tokens"]) for part in row["parts"])
     tokens = prompt + rejected - 2
     cut = firesteel(
         "preview", path, "--model", "tiny-llama", "--max-seq-len", tokens, "--truncate", "response_end"
@@ -247,7 +292,11 @@ def test_a_preview_can_be_read_by_programs(tmp_path: Path) -> None:
     rows = json.loads(firesteel("preview", path, "--model", "tiny-llama", "--json").stdout)
     assert [row["line"] for row in rows] == [1, 2]
     assert [part["name"] for part in rows[0]["parts"]] == ["prompt", "chosen", "rejected"]
-    assert rows[0]["parts"][1]["pieces"] == [{"text": "yes 0<|im_end|>", "tokens": 6, "scored": True}]
+    tokens = rows[0]["parts"][1]["tokens"]
+    assert "".join(token["text"] for token in tokens) == "yes 0<|im_end|>"
+    assert len(tokens) == 6
+    assert {token["scored"] for token in tokens} == {True}
+    assert [set(token) for token in tokens] == [{"id", "text", "scored", "unfinished"}] * 6
 
 
 def test_a_conversion_replaces_no_file_unasked_and_never_its_own(tmp_path: Path) -> None:
