@@ -17,6 +17,7 @@ TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec", "
 TIMED |= {
     "reference/cache_hits",
     "reference/computed",
+    "reference/tokens",
 }  # what earlier runs have left, like times, is not the run's own
 RANKS = pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-parameter"])
 

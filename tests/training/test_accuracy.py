@@ -160,3 +160,24 @@ def test_a_text_in_place_of_a_name_is_cut_and_its_blanks_are_one() -> None:
     (name,) = [key for key in source_metrics(np.ones(1, bool), np.ones(1), pairs) if key.endswith("/count")]
     assert name.startswith("source/a long story a long")
     assert len(name) == LONGEST_NAME + len("source//count")
+
+
+def test_long_names_that_begin_and_end_alike_stay_sources_of_their_own() -> None:
+    names = [f"https://forum.example/{'a' * 50}/{middle}/{'z' * 50}" for middle in ("cooking", "physics")]
+    pairs = [pair for name in (*names, names[0]) for pair in traits(0, source=name)]
+    found = source_metrics(np.array([True, False, True]), np.array([3.0, -1.0, 1.0]), pairs)
+    counts = {name: value for name, value in found.items() if name.endswith("/count")}
+    assert found["sources"] == 2
+    assert sorted(counts.values()) == [1, 2]
+    assert {len(name) for name in counts} == {LONGEST_NAME + len("source//count")}
+    again = source_metrics(np.array([False]), np.array([0.0]), traits(0, source=names[1]))
+    assert [name for name in again if name.endswith("/count")] == [n for n, v in counts.items() if v == 1]
+
+
+@settings(deadline=None)
+@given(st.sets(st.text("ab /", min_size=58, max_size=64), max_size=MOST_SOURCES))
+def test_there_are_as_many_sources_with_metrics_as_there_are_sources(names: set[str]) -> None:
+    pairs = [pair for name in names for pair in traits(0, source=name)]
+    found = source_metrics(np.ones(len(pairs), bool), np.ones(len(pairs)), pairs)
+    counts = [value for name, value in found.items() if name.endswith("/count")]
+    assert len(counts) == found.get("sources", 0) == len({" ".join(name.split()) for name in names})

@@ -19,7 +19,7 @@ from training.utils.evaluation import Answers
 from training.utils.training_run import RunSummary
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
-TIMED |= {"reference/cache_hits", "reference/computed"}
+TIMED |= {"reference/cache_hits", "reference/computed", "reference/tokens"}
 
 
 def records(path: Path) -> list[dict[str, float]]:
@@ -384,6 +384,23 @@ def test_tokens_are_counted_by_the_cookbooks_names(tmp_path: Path) -> None:
         first_epoch = record["train/epoch"] == 1
         assert record["train/ref_tokens"] == (record["train/step_tokens"] if first_epoch else 0)
         assert record["train/total_tokens"] == record["train/step_tokens"] + record["train/ref_tokens"]
+
+
+@pytest.mark.parametrize("mode", ["upfront", "lazy"])
+def test_the_tokens_that_the_reference_read_are_told_apart_from_those_whose_values_were_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))  # an empty cache
+    for name in ("first", "second"):
+        main(config(tmp_path, log_path=str(tmp_path / name), reference_pass=mode, epochs=2))
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("first", "second")
+    )
+    for told in ("train/ref_tokens", "train/total_tokens"):
+        assert [record[told] for record in first] == [record[told] for record in second]
+    assert first[-1]["reference/tokens"] == sum(record["train/ref_tokens"] for record in first) > 0
+    assert [record["reference/tokens"] for record in second] == [0] * len(second)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ class StepWork:
     """Of all its sequences."""
     seconds: float
     with_reference: bool
-    """Whether the reference read these rows too: it does so once, in the first epoch."""
+    """Whether these rows' reference values are used for the first time: in the first epoch. From the cache or not,
+    so that the numbers of a run do not depend on runs before it; what was computed, `References.counts` says."""
     computed: Mapping[str, float]
     """The trainer's own figures, by the names of `Forward`'s result."""
 

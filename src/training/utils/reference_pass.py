@@ -125,10 +125,11 @@ class References:
 
     @property
     def counts(self) -> dict[str, float]:
-        """Pairs so far whose values were in the cache, and those whose values were computed."""
+        """Pairs so far whose values were in the cache, those whose values were computed, and the tokens read for it."""
         return {
             "reference/cache_hits": self._statistics.hits,
             "reference/computed": self._statistics.computed,
+            "reference/tokens": self._statistics.tokens,
         }
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from firesteel.sdk.types import BoolArray
 MOST_SOURCES = 20
 """Sources with metrics of their own: the most frequent ones."""
 LONGEST_NAME = 60
-"""Of a source, in letters: some data keep a text in that field."""
+"""Of a source, in letters: some data keep an address or a text in that field."""
 REST, UNNAMED = "(others)", "(none)"
 """In brackets: data name sources `other` and `none`."""
 
@@ -24,17 +25,18 @@ def by_source(sources: Sequence[str | None]) -> Iterator[tuple[str, BoolArray]]:
     """
     if all(source is None for source in sources):
         return
-    names = [_name(source) for source in sources]
+    names = [_whole_name(source) for source in sources]
     counts = Counter(names)
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MOST_SOURCES]
-    groups = np.array([name if name in kept else REST for name in names])
+    shown = {name: _shown(name) for name in kept}
+    groups = np.array([shown.get(name, REST) for name in names])
     for name in sorted(set(groups.tolist())):
         yield name, groups == name
 
 
 def count_sources(sources: Sequence[str | None]) -> dict[str, float]:
     """How many there are, those left out too; empty where no row names one."""
-    return {"sources": len(set(map(_name, sources)))} if any(source is not None for source in sources) else {}
+    return {"sources": len(set(map(_whole_name, sources)))} if any(source is not None for source in sources) else {}
 
 
 def sources_left_out(metrics: Mapping[str, float]) -> str | None:
@@ -48,7 +50,15 @@ def sources_left_out(metrics: Mapping[str, float]) -> str | None:
     )
 
 
-def _name(source: str | None) -> str:
-    """As it stands in the name of a metric."""
-    name = " ".join((source or UNNAMED).split()) or UNNAMED
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+def _whole_name(source: str | None) -> str:
+    """What tells it from others: rows that differ in their blanks are of one source."""
+    return " ".join((source or UNNAMED).split()) or UNNAMED
+
+
+def _shown(name: str) -> str:
+    """As it stands in the name of a metric: a long one by its ends, and by a hash, for others may have the same ends."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    told = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    left = LONGEST_NAME - len(told) - len("… #")
+    return f"{name[: left - left // 2]}…{name[-(left // 2) :]} #{told}"
