@@ -85,7 +85,7 @@ def main(config: Config) -> RunSummary:
 
 
 def example(log_path: str) -> Config:
-    """Eight pairs of the demo's on the toy model."""
+    """Sixteen pairs of the demo's on the toy model."""
     data = str(HERE / "preferences/train.jsonl")
     return Config(
         log_path=log_path, base_model="tiny-llama", dataset=data, max_pairs=16, eval_fraction=0.2,

@@ -268,6 +268,21 @@ def test_a_margin_per_token_is_no_tie_where_its_sum_is_none(name: str) -> None:
     assert (metrics["accuracy"], metrics["tie_rate"]) == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["sigmoid_norm", "ipo_mean", "simpo"])
+@pytest.mark.parametrize(("chosen", "rejected"), [(200, 2), (2, 200)])
+def test_what_rounding_moves_a_mean_by_is_that_of_the_shorter_side(
+    name: str, chosen: int, rejected: int
+) -> None:
+    """A sum of two tokens that is off by 0.0009 is off by 0.00045 a token, however long the other side is."""
+    sides = (chosen, rejected)
+    ones = PairLogprobs(*(np.full(tokens, -1.0) for tokens in sides))
+    for off, tied in ((0.00045, 1), (0.00055, 0)):
+        rows = [torch.full((2 + tokens,), -1.0, dtype=torch.float64) for tokens in sides]
+        rows[0][:] += off
+        metrics = preference_metrics(score_pairs([pair(*sides)], rows, [ones]), FAMILY[name])
+        assert (metrics["tie_rate"], metrics["accuracy"]) == (tied, 1 - tied)
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
 def test_a_pair_that_cannot_be_weighed_cannot_be_made(weight: float) -> None:
     with pytest.raises(DataError, match="weight"):
@@ -297,3 +312,16 @@ def test_a_pair_of_weight_2_counts_as_that_pair_twice(name: str, seed: int) -> N
         outcomes.append((loss.item(), metrics["dpo_loss"], of_one))
     assert outcomes[0][:2] == pytest.approx(outcomes[1][:2], abs=1e-12)
     torch.testing.assert_close(outcomes[0][2], outcomes[1][2], rtol=1e-10, atol=1e-12)
+
+
+def test_the_sft_term_that_is_told_is_the_one_in_the_loss_whatever_the_weights() -> None:
+    rng = np.random.default_rng(4)
+    values = [Pair(rng), Pair(rng)]
+    pairs = [replace(values[0].preference(), weight=3.0), values[1].preference()]
+    told = []
+    for weight in (0.5, 1.5):
+        rows = [row for p in values for row in p.rows()]
+        objective = DpoObjective(BETA, sft_weight=weight)
+        told.append(make_pair_loss(pairs, [p.reference() for p in values], objective)([], rows)[1])
+    assert told[0]["sft_loss"] == told[1]["sft_loss"]
+    assert told[1]["dpo_loss"] - told[0]["dpo_loss"] == pytest.approx(told[0]["sft_loss"], abs=1e-12)

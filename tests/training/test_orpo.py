@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,31 @@ def test_the_step_is_the_mean_over_pairs_of_likelihood_and_odds_ratio(span: str)
         assert row.grad is not None
         of_prompt = row.grad[:2]
         assert bool(of_prompt.any()) == (span == "all" and index % 2 == 0)
+
+
+@pytest.mark.parametrize("span", ["response", "all"])
+def test_a_pair_of_weight_2_counts_as_that_pair_twice(rng: np.random.Generator, span: str) -> None:
+    """In the loss and in what it is said to be made of; what pairs are counted by is counted plainly."""
+    one, two = pair(4, 2), pair(1, 5)
+    values = {id(p): [torch.tensor(-rng.exponential(1.0, 2 + n)) for n in (c, r)] for p, c, r in (
+        (one, 4, 2), (two, 1, 5))}  # fmt: skip
+    objective = OrpoObjective(0.3, span)  # type: ignore[arg-type]
+
+    def told(given: list[PreferencePair], like: list[PreferencePair]) -> tuple[float, dict[str, float]]:
+        rows = [row for p in like for row in values[id(p)]]
+        nothing = [PairLogprobs(*(np.zeros(len(row) - 2) for row in values[id(p)])) for p in like]
+        loss, metrics = make_pair_loss(given, nothing, objective)([], rows)
+        return loss.item(), dict(metrics)
+
+    loss, metrics = told([replace(one, weight=2.0), two], [one, two])
+    twice, of_twice = told([one, one, two], [one, one, two])
+    assert loss == pytest.approx(twice, abs=1e-12)
+    for name in ("orpo_loss", "sft_loss", "or_loss"):
+        assert metrics[name] == pytest.approx(of_twice[name], abs=1e-12)
+    assert metrics["orpo_loss"] == pytest.approx(metrics["sft_loss"] + 0.3 * metrics["or_loss"], abs=1e-12)
+    _, plain = told([one, two], [one, two])
+    assert metrics["log_odds_ratio"] == plain["log_odds_ratio"]
+    assert abs(metrics["orpo_loss"] - plain["orpo_loss"]) > 1e-3
 
 
 # The recipe

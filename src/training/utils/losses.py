@@ -57,7 +57,7 @@ class PairObjective(Protocol):
         """What accuracy is counted by."""
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
-        """Over N pairs, the loss averaged by their weights."""
+        """Over N pairs, the loss and its parts averaged by their weights."""
 
 
 DpoLoss = Literal[
@@ -410,7 +410,7 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
 
     Margin and rewards are those of the loss: per token where it is. `policy_preference` is the share of pairs whose
     chosen response has the higher mean log-probability per token under the policy itself, without the reference.
-    The loss is averaged by the pairs' weights, all else plainly.
+    The loss and `sft_loss`, which is a part of it, are averaged by the pairs' weights, all else plainly.
     """
     chosen, rejected = objective.sides(scores)
     margins, beta = objective.margins(scores), objective.beta
@@ -428,10 +428,11 @@ def preference_metrics(scores: PairScores, objective: DpoObjective) -> dict[str,
     }
     if objective.uses_reference:
         means |= {"delta_logp/chosen": scores.chosen.delta, "delta_logp/rejected": scores.rejected.delta}
+    weighed = {"dpo_loss": objective.per_pair(scores)}
     if objective.sft_weight:
-        means |= {"sft_loss": -scores.chosen.mean}
-    loss = float(scores.mean(objective.per_pair(scores).detach()))
-    return {"dpo_loss": loss} | {name: float(values.detach().mean()) for name, values in means.items()}
+        weighed |= {"sft_loss": -scores.chosen.mean}
+    told = {name: float(scores.mean(values.detach())) for name, values in weighed.items()}
+    return told | {name: float(values.detach().mean()) for name, values in means.items()}
 
 
 LossFn = Callable[[Sequence[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, float]]"]

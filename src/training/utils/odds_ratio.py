@@ -93,11 +93,17 @@ class OrpoObjective:
         return Margins(log_odds_ratio(scores.chosen.mean, scores.rejected.mean), scores.tie_per_token)
 
     def metrics(self, scores: PairScores) -> dict[str, float]:
-        """Means over N pairs, by the cookbook's names. Accuracy and ties are those of the log odds ratio."""
+        """Means over N pairs, by the cookbook's names. Accuracy and ties are those of the log odds ratio.
+
+        The loss and its two parts are averaged by the pairs' weights, all else plainly.
+        """
         chosen, rejected, margins = scores.chosen.mean, scores.rejected.mean, self.margins(scores)
-        means = {
+        weighed = {
+            self.loss_name: self.per_pair(scores),
             "sft_loss": self.nll(scores),
             "or_loss": odds_ratio_loss(chosen, rejected),
+        }
+        means = {
             "log_odds_ratio": margins.values,
             "accuracy": margins.right.double(),
             "tie_rate": margins.tied.double(),
@@ -107,11 +113,9 @@ class OrpoObjective:
             "logps/rejected": scores.rejected.policy,
             "policy_preference": (chosen > rejected).double(),
         }
-        loss = float(scores.mean(self.per_pair(scores).detach()))
-        told = {name: float(values.detach().mean()) for name, values in means.items()}
         return {
-            self.loss_name: loss,
-            **told,
+            **{name: float(scores.mean(values.detach())) for name, values in weighed.items()},
+            **{name: float(values.detach().mean()) for name, values in means.items()},
             "orpo_lambda": self.orpo_lambda,
             "batch_pairs": len(scores.weights),
         }

@@ -36,7 +36,11 @@ def by_source(sources: Sequence[str | None]) -> Iterator[tuple[str, BoolArray]]:
 
 def count_sources(sources: Sequence[str | None]) -> dict[str, float]:
     """How many there are, those left out too; empty where no row names one."""
-    return {"sources": len(set(map(_whole_name, sources)))} if any(source is not None for source in sources) else {}
+    return (
+        {"sources": len(set(map(_whole_name, sources)))}
+        if any(source is not None for source in sources)
+        else {}
+    )
 
 
 def sources_left_out(metrics: Mapping[str, float]) -> str | None:
