@@ -12,10 +12,12 @@ import pytest
 from runs import config, write_rows
 from safetensors.numpy import load_file
 
-from firesteel.engine import attention
+from firesteel.engine import attention, host
 from firesteel.sdk import AdamParams, ConfigError, DataError, ModelError, VerificationFailed
 from training.recipes.dpo_loop import Config, main
+from training.utils.data_estimate import estimate
 from training.utils.evaluation import Answers
+from training.utils.progress import Display
 from training.utils.training_run import RunSummary
 
 TIMED = {"train/step_time_sec", "train/tokens_per_sec", "train/data_wait_sec"}
@@ -281,6 +283,29 @@ def test_questions_that_cannot_be_asked_are_refused_before_anything_is_computed(
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "other").exists()
     assert main(config(tmp_path, **settings)).steps == 1  # the rows themselves need no template
+
+
+def test_a_question_that_leaves_no_room_for_its_answer_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, short_trainer: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"trainer": short_trainer, "sample_max_tokens": 8}
+    main(config(tmp_path / "fits", **asked, sample_prompts="Hi?"))
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(host, "load_base", load)
+    with pytest.raises(ConfigError, match=r'sample_prompts: prompt 2, "wo.*has 4\d tokens.* 8 .*40 that the'):
+        main(config(tmp_path / "long", **asked, sample_prompts=("Hi?", "words " * 5)))
+    with pytest.raises(ConfigError, match="prompt 1.*more than the 40 that the trainer takes"):
+        estimate(config(tmp_path / "long", **{**asked, "sample_max_tokens": 38}, sample_prompts="Hi?"), Display())
+
+
+def test_one_sample_prompt_needs_no_list(tmp_path: Path) -> None:
+    assert config(tmp_path, sample_prompts="Hi").sample_prompts == ("Hi",)
+    assert config(tmp_path, sample_prompts=["Hi", "you"]).sample_prompts == ("Hi", "you")
+    with pytest.raises(ConfigError, match=r"sample_prompts: expected one text, or a list.*\['Hello.*got 5"):
+        config(tmp_path, sample_prompts=5)
 
 
 def test_the_schedule_and_the_rate_reach_the_optimizer(tmp_path: Path) -> None:

@@ -701,7 +701,7 @@ def test_a_file_without_a_usable_row_is_refused_even_when_skipping(tmp_path: Pat
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: there is no such file$"):
         read_preferences(tmp_path / "nowhere.jsonl")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from firesteel.cli.recipes import CONFIGS, read_settings
+from firesteel.cli.recipes import read_settings, settings_of
 from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _settings(
     values |= {"dataset": str(files[0])} if files else {}
     values |= {"eval_dataset": str(heldout)} if heldout else {}
     values.setdefault("log_path", "runs/estimated")  # nothing is written there
-    return CONFIGS[recipe](**values)
+    return settings_of(recipe, values, "give --recipe {recipe}")
 
 
 def _check(flags: _Flags, kind: RowKind[Any], *, list_all: bool, on_stderr: bool) -> Check:

@@ -152,10 +152,11 @@ def _server(address: str) -> Finding:
 
 
 def _read(file: Path, recipe: str) -> TrainingSettings:
-    from firesteel.cli.recipes import CONFIGS, read_config
+    from firesteel.cli.recipes import read_config, settings_of
 
     # Where the run will be is often said on the command line only; nothing is written there.
-    return CONFIGS[recipe](**{"log_path": "runs/looked-at", **read_config(file)})
+    values = {"log_path": "runs/looked-at", **read_config(file)}
+    return settings_of(recipe, values, "give --recipe {recipe}")
 
 
 def _torch(config: TrainingSettings | None, remote: bool) -> Iterator[Finding]:

@@ -6,7 +6,9 @@ A later source wins over an earlier one: default < file < `--set` < flag.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ CONFIGS: Mapping[str, type[TrainingSettings]] = {
     config.recipe: config for config in (dpo_loop.Config, orpo_loop.Config, sft_loop.Config)
 }
 """The settings of every recipe, by its verb."""
+_DATA = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +40,7 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[..., None]:
+def _command(config: type[TrainingSettings], main: Callable[[Any], object]) -> Callable[..., None]:
     """A function whose signature, which typer reads, has one option per field of `config`."""
     paths = dict(_fields(config))
 
@@ -57,7 +60,7 @@ def _command(config: type[Settings], main: Callable[[Any], object]) -> Callable[
             raise ConfigError("--fresh, --resume-from and --resume are one setting; give one of them")
         if fresh or resume_from is not None:
             values["resume"] = "never" if fresh else resume_from
-        main(config(**values))
+        main(settings_of(config.recipe, values, "`firesteel {recipe}`"))
 
     file = typer.Argument(None, metavar="[CONFIG.yaml]", help="Settings as YAML.", show_default=False)
     assignments = typer.Option([], "--set", metavar="KEY=VALUE", help="One setting; nested ones as a.b=c.")
@@ -93,6 +96,23 @@ def read_settings(config_file: Path | None, assignments: Sequence[str]) -> dict[
     return values
 
 
+def settings_of(recipe: str, values: Mapping[str, Any], other: str) -> TrainingSettings:
+    """These as a recipe's settings. Raises ConfigError, which says what asks for `other` recipes where they have one.
+
+    `other` is how a user does that: `--recipe {recipe}`.
+    """
+    try:
+        return CONFIGS[recipe](**values)
+    except ConfigError as error:
+        unknown = [name for name in values if name not in CONFIGS[recipe].model_fields]
+        hints = ""
+        for verb, config in CONFIGS.items():
+            if foreign := [name for name in unknown if name in config.model_fields]:
+                verb_is = "are settings" if len(foreign) > 1 else "is a setting"
+                hints += f"\n{', '.join(foreign)} {verb_is} of {verb}: {other.format(recipe=verb)}"
+        raise ConfigError(f"{error}{hints}") from None
+
+
 def _fields(config: type[Settings], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every setting as (parameter name, dotted path), nested settings included."""
     for name, field in config.model_fields.items():
@@ -122,10 +142,31 @@ def _option(config: type[Settings], path: str) -> tuple[Any, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Settings by name, as a YAML file gives them."""
-    content = yaml_file.read(path)
+    if path.name.removesuffix(".gz").endswith(_DATA):
+        raise ConfigError(_looks_like_data(path))
+    try:
+        content = yaml_file.read(path)
+    except ConfigError:
+        if _first_line_is_a_row(path):
+            raise ConfigError(_looks_like_data(path)) from None
+        raise
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected settings as `name: value`, found {type(content).__name__}")
     return content
+
+
+def _first_line_is_a_row(path: Path) -> bool:
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+        return isinstance(json.loads(file.readline()), dict)
+    return False
+
+
+def _looks_like_data(path: Path) -> str:
+    return (
+        f"{path}: looks like data, and settings are expected here (YAML, `name: value`). Data is named by the setting "
+        f"dataset: `--dataset {path}` of firesteel {', '.join(CONFIGS)}, or `dataset: {path}` in the settings; "
+        f"`firesteel data check {path}` looks at data by itself"
+    )
 
 
 def _value(text: str) -> Any:

@@ -27,7 +27,7 @@ from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering
 from training.utils.row_records import RowArray
 from training.utils.row_sets import RowSet, select_rows
-from training.utils.run import epochs_of, split_pairs
+from training.utils.run import epochs_of, refuse_prompts, split_pairs
 from training.utils.trainers import build_service
 from training.utils.training_settings import TrainingSettings
 
@@ -111,7 +111,9 @@ def estimate(config: TrainingSettings, display: Display) -> Estimate:
     indexes = [index_rows(path, renderer, config.learner.rows, config.on_bad_row) for path in files]
     with ExitStack() as stack:
         service = stack.enter_context(build_service(config))
-        rules = Rendering(config.max_seq_len or service.longest_sequence(), config.truncate)
+        longest = service.longest_sequence()
+        refuse_prompts(config, renderer, longest)
+        rules = Rendering(config.max_seq_len or longest, config.truncate)
         limits = (config.most_rows, None)
         sets = [
             stack.enter_context(closing(select_rows(index, renderer, rules, most))).rows

@@ -117,7 +117,8 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
+        from_where = "" if os.path.isabs(path) else f"; it was looked for from the folder {os.getcwd()}"
+        raise DataError(f"{path}: there is no such file{from_where}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from firesteel.sdk import ConfigError
 from training.utils.checkpoints import Identity
 from training.utils.data_comparison import leakage
 from training.utils.evaluation import Split, split_by_prompt
@@ -20,6 +21,7 @@ from training.utils.resume import (
 from training.utils.row_index import RowIndex
 from training.utils.row_outcomes import Rendering
 from training.utils.row_sets import RowSet, SelectedRows
+from training.utils.row_values import excerpt
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Epochs
 from training.utils.training_settings import TrainingSettings
@@ -46,6 +48,21 @@ class Run:
     def epochs(self) -> Epochs:
         """The order of the training rows."""
         return epochs_of(self.config, self.split)
+
+
+def refuse_prompts(config: TrainingSettings, renderer: Renderer, longest: int) -> None:
+    """Raise ConfigError for a sample prompt that leaves no room for its answer: now, not once models are loaded.
+
+    What the tokenizer lacks for a question is a ModelError. `longest` is the longest sequence of the trainer.
+    """
+    for place, prompt in enumerate(config.sample_prompts, start=1):
+        tokens, answer = len(renderer.question(prompt)), config.sample_max_tokens
+        if tokens + answer > longest:
+            raise ConfigError(
+                f"sample_prompts: prompt {place}, {excerpt(prompt)}, has {tokens:,} tokens; with an answer of up to "
+                f"{answer:,} (sample_max_tokens) that is more than the {longest:,} that the trainer takes; shorten "
+                "it, or make sample_max_tokens smaller"
+            )
 
 
 def split_pairs(sets: Sequence[RowSet[Any]], config: TrainingSettings) -> Split[Any]:

@@ -43,7 +43,7 @@ from training.utils.resume import (
 from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering, write_row_outcomes
 from training.utils.row_sets import select_rows
-from training.utils.run import Run, data_identity, doubts, epochs_of, split_pairs
+from training.utils.run import Run, data_identity, doubts, epochs_of, refuse_prompts, split_pairs
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch
 from training.utils.sinks import MetricsLog, Sink, logged
@@ -105,10 +105,9 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
     files = [path for path in (config.dataset, config.eval_dataset) if path]
     kind = config.learner.rows
     indexes = [index_rows(path, renderer, kind, config.on_bad_row, display.reading(path)) for path in files]
-    for prompt in config.sample_prompts:
-        renderer.question(prompt)  # refused now, not after the reference pass
     with build_service(config) as service, ExitStack() as stack:
         longest = service.longest_sequence()
+        refuse_prompts(config, renderer, longest)
         rules = Rendering(config.max_seq_len or longest, config.truncate)
         limits = (config.most_rows, None)  # held-out rows are all used
         selections = [

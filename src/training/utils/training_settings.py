@@ -76,7 +76,7 @@ class TrainingSettings(RunSettings):
     eval_interval: int = Field(default=0, ge=0)
     """Evaluate every so many steps; 0 = only before and after training."""
     sample_prompts: tuple[str, ...] = ()
-    """User messages that the model answers before and after training."""
+    """User messages that the model answers before and after training: one, or a list as `['Hello?', 'And you?']`."""
     sample_max_tokens: int = Field(default=96, ge=1)
     """Longest such answer."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -133,6 +133,15 @@ class TrainingSettings(RunSettings):
     @classmethod
     def _at_home(cls, path: str | None) -> str | None:
         return at_home(path)
+
+    @field_validator("sample_prompts", mode="before")
+    @classmethod
+    def _text_is_a_prompt(cls, value: object) -> object:
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected one text, or a list of texts as ['Hello?', 'And you?']")
+        return value
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod

@@ -97,7 +97,9 @@ def test_what_would_stop_a_run_is_a_problem_and_exit_code_2(
 
 def test_the_recipe_decides_which_settings_there_are(tmp_path: Path) -> None:
     file = config_file(tmp_path, orpo_lambda=0.2)
-    assert doctor(file)[0] == 2
+    code, printed = doctor(file)
+    assert code == 2
+    assert "orpo_lambda is a setting of orpo: give --recipe orpo" in printed
     assert doctor(file, "--recipe", "orpo")[0] == 0
     (tmp_path / "chats.jsonl").write_text('{"prompt": "Question?", "completion": "Answer."}\n')
     file = config_file(tmp_path, dataset=str(tmp_path / "chats.jsonl"), max_examples=1)

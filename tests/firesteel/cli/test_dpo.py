@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +60,13 @@ def test_all_settings_may_be_flags(config_file: Path) -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert len((folder / "other/samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_one_prompt_is_given_as_it_stands(config_file: Path) -> None:
+    ran = firesteel("dpo", str(config_file), "--sample-prompts", "Well, you?", "--sample-max-tokens", "3")
+    assert ran.returncode == 0, ran.stderr
+    asked = [json.loads(line)["prompt"] for line in (config_file.parent / "run/samples.jsonl").open()]
+    assert asked == ["Well, you?"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +148,41 @@ def test_a_config_file_that_is_none_is_refused(
     assert ran.returncode == 2
     assert ran.stderr.startswith("error[config]: ")
     assert message in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "renamed.txt"])
+def test_data_in_place_of_the_settings_is_told_where_it_belongs(config_file: Path, name: str) -> None:
+    rows = (config_file.parent / "pairs.jsonl").read_bytes()
+    file = config_file.parent / name
+    file.write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    ran = firesteel("dpo", str(file))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error[config]: {file}: looks like data")
+    assert f"`--dataset {file}`" in ran.stderr
+
+
+def test_settings_may_be_json_in_one_line(config_file: Path) -> None:
+    config_file.write_text(json.dumps(yaml.safe_load(config_file.read_text())))
+    assert firesteel("dpo", str(config_file)).returncode == 0
+
+
+def test_a_setting_of_another_recipe_is_told_with_the_command_that_has_it(config_file: Path) -> None:
+    ran = firesteel("dpo", str(config_file), "--set", "orpo_lambda=0.2", "--set", "max_examples=3")
+    assert ran.returncode == 2
+    assert "orpo_lambda: Config has no such setting" in ran.stderr
+    assert "orpo_lambda is a setting of orpo: `firesteel orpo`" in ran.stderr
+    assert "max_examples is a setting of sft: `firesteel sft`" in ran.stderr
+    misspelt = firesteel("dpo", str(config_file), "--set", "betta=1")
+    assert misspelt.stderr == "error[config]: betta: Config has no such setting\n"
+
+
+def test_data_that_is_not_there_is_told_with_the_folder_that_it_was_looked_for_from(
+    config_file: Path,
+) -> None:
+    ran = firesteel("dpo", str(config_file), "--dataset", "examples/none.jsonl")
+    assert ran.stderr == (
+        f"error[data]: examples/none.jsonl: there is no such file; it was looked for from the folder {os.getcwd()}\n"
+    )
 
 
 def test_a_name_given_whole_is_not_dropped_for_a_setting_inside_it(config_file: Path) -> None:
