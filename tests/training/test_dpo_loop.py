@@ -297,8 +297,10 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_refused_before_a_model
     monkeypatch.setattr(host, "load_base", load)
     with pytest.raises(ConfigError, match=r'sample_prompts: prompt 2, "wo.*has 4\d tokens.* 8 .*40 that the'):
         main(config(tmp_path / "long", **asked, sample_prompts=("Hi?", "words " * 5)))
-    with pytest.raises(ConfigError, match="prompt 1.*more than the 40 that the trainer takes"):
-        estimate(config(tmp_path / "long", **{**asked, "sample_max_tokens": 38}, sample_prompts="Hi?"), Display())
+    with pytest.raises(ConfigError, match=r"prompt 1.*more than the 40 that the trainer takes"):
+        estimate(
+            config(tmp_path / "long", **{**asked, "sample_max_tokens": 38}, sample_prompts="Hi?"), Display()
+        )
 
 
 def test_one_sample_prompt_needs_no_list(tmp_path: Path) -> None:

@@ -163,6 +163,25 @@ def test_a_batch_whose_graph_cannot_be_kept_at_once_gives_the_same_step_in_parts
     assert computed[1][1] > computed[0][1]
 
 
+def test_a_step_in_parts_adds_what_they_computed_and_keeps_the_largest_of_what_they_held(
+    llama_folder: str, rng: np.random.Generator
+) -> None:
+    """Any two of these rows are over the budget: each is a part of the step."""
+    items = []
+    for line, length in enumerate((12, 20, 15), start=1):
+        tokens = rng.integers(5, 200, length)
+        inputs = {"target_tokens": tokens[1:], "weights": np.ones(length - 1, np.float32)}
+        items.append(LearnedSequence(Datum(ModelInput.from_ints(tokens[:-1]), inputs), line))
+    budget = TrainerConfig(activation_token_budget=20)
+    with build_service_client(base_model=llama_folder, trainer=budget) as service:
+        policy = ReconnectableClient(service.create_training_client(llama_folder, 0))
+        each = [SftLearner().accumulate(policy, [item], NoReferences()).metrics for item in items]
+        step = SftLearner().accumulate(policy, items, NoReferences()).metrics
+    assert step["activation_bytes:max"] == max(part["activation_bytes:max"] for part in each) > 0
+    for name in ("scored_tokens:sum", "computed_tokens:sum", "micro_batches:sum"):
+        assert step[name] == sum(part[name] for part in each)
+
+
 def test_rows_count_by_their_weight_in_training_and_on_held_out_rows(tmp_path: Path) -> None:
     """Two rows, one of weight 3: Σ w nll / Σ w over their tokens, from runs on each row alone."""
     rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "the sky is", "completion": " blue and wide"}]

@@ -46,10 +46,11 @@ def test_trackers_that_nobody_asked_for_need_not_be_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_nothing_installed")
+@pytest.mark.parametrize("setting", ["project", "entity"])
 def test_a_missing_wandb_is_one_warning_that_names_the_extra(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: str
 ) -> None:
-    asked = config(tmp_path, wandb={"project": "p"}).trackers
+    asked = config(tmp_path, wandb={setting: "p"}).trackers
     asked.refuse_missing()
     assert asked.opened(TrackedRun(tmp_path, {})) == []
     assert [record.message for record in caplog.records] == [

@@ -7,7 +7,7 @@ this process after the run's largest batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,15 +140,14 @@ def _reckoned(trial: Trial, measured: Measured, rows: int) -> Estimate:
     expected = measured.steps.seconds(warming.passes.tokens, warming.optimizer.calls)
     slower = max(warming.passes.seconds + warming.optimizer.seconds - expected, 0.0)
     reference = measured.reference.of_tokens(train_tokens + heldout_tokens)
-    evaluations = measured.evaluation.of_tokens(heldout_tokens) * _evaluations(config, steps)
-    saved = _checkpoints(config, steps)
+    evaluations = measured.evaluation.of_tokens(heldout_tokens) * count_evaluations(config, steps)
     # A checkpoint is written while training goes on; only the last is waited for.
-    saving = measured.export.seconds + measured.checkpoint.seconds * min(len(saved), 1)
+    saving = measured.export.seconds + measured.checkpoint.seconds * bool(config.dcp_save_interval)
     parts = (measured.loading, reference, evaluations, 2 * measured.answers, slower, saving)
     # What a reference says of some rows is noted in each checkpoint.
     noted = _NOTED_BYTES * _scored(train, RECORDED_PAIRS) if measured.reference.calls else 0
     checkpoint = measured.checkpoint.size + noted
-    checkpoints = checkpoint * _kept(config, saved)
+    checkpoints = checkpoint * count_kept(config, steps)
     caches = rows * config.learner.rows.record_type.itemsize
     caches += sum(map(_cache_bytes, (train, heldout))) if measured.reference.calls else 0
     return Estimate(
@@ -174,8 +173,8 @@ def _reckoned(trial: Trial, measured: Measured, rows: int) -> Estimate:
     )
 
 
-def _evaluations(config: TrainingSettings, steps: int) -> int:
-    """How often held-out pairs are evaluated: before, after, and in between."""
+def count_evaluations(config: TrainingSettings, steps: int) -> int:
+    """How often a run of so many steps evaluates its held-out rows: before, after, and in between."""
     return 2 + ((steps - 1) // config.eval_interval if config.eval_interval else 0)
 
 
@@ -185,8 +184,9 @@ def _checkpoints(config: TrainingSettings, steps: int) -> list[int]:
     return sorted({*range(interval, steps + 1, interval), steps}) if interval else []
 
 
-def _kept(config: TrainingSettings, saved: Sequence[int]) -> int:
-    """How many of them are there at the end."""
+def count_kept(config: TrainingSettings, steps: int) -> int:
+    """How many checkpoints a run of so many steps leaves, at most: the best may be among the newest."""
+    saved = _checkpoints(config, steps)
     if config.keep_last is None:
         return len(saved)
     newest = set(saved[-config.keep_last :])

@@ -60,7 +60,7 @@ def _whole_name(source: str | None) -> str:
 
 
 def _shown(name: str) -> str:
-    """As it stands in the name of a metric: a long one by its ends, and by a hash, for others may have the same ends."""
+    """As it stands in the name of a metric: a long one by its ends, and a hash, since others may have these ends."""
     if len(name) <= LONGEST_NAME:
         return name
     told = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()

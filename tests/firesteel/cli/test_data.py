@@ -15,6 +15,7 @@ from firesteel.cli.main import app
 from firesteel.sdk import ConfigError, DataError
 from training.recipes import dpo_loop, sft_loop
 from training.utils import preference_data, sft_data
+from training.utils.data_estimate import count_evaluations, count_kept
 
 
 def firesteel(*arguments: object, **environment: str) -> Result:
@@ -125,6 +126,28 @@ def test_an_estimate_knows_the_steps_tokens_and_disk_of_the_run(tmp_path: Path) 
     assert estimate["seconds_total"] > 2 * estimate["seconds_per_epoch"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"eval_interval": 2},
+        {"eval_interval": 3, "dcp_save_interval": 2},
+        {"eval_interval": 4, "dcp_save_interval": 2, "keep_last": 2},
+        {"dcp_save_interval": 1, "keep_last": 1, "keep_every": 3},
+        {"eval_interval": 1, "dcp_save_interval": 1, "keep_last": 1, "keep_best": "dpo_loss", "learning_rate": 10.0},
+    ],
+    ids=["neither", "evaluated", "saved", "the last two", "every third", "the best, which is not the last"],
+)  # fmt: skip
+def test_evaluations_and_checkpoints_are_counted_as_a_run_makes_them(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    run = config(tmp_path, 10, eval_fraction=0.2, **given)  # 4 steps
+    steps = dpo_loop.main(run).steps
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert count_evaluations(run, steps) == sum("eval/dpo_loss" in line for line in lines)
+    assert count_kept(run, steps) == len(list((tmp_path / "run").glob("checkpoints/step-*")))
+
+
 def test_an_estimate_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
     path = write_rows(tmp_path / "pairs.jsonl", 8)
@@ -152,6 +175,14 @@ def test_what_a_run_would_refuse_is_not_estimated(tmp_path: Path) -> None:
     path.write_text(Path(write_rows(tmp_path / "good.jsonl", 4)).read_text() + "{}\n")
     result = firesteel("check", path, "--estimate", settings(tmp_path), "--json")
     assert (result.exit_code, json.loads(result.stdout)["estimate"]) == (2, None)
+
+
+def test_settings_of_another_recipe_are_told_with_the_option_that_names_it(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", 4)
+    with pytest.raises(ConfigError, match="orpo_lambda is a setting of orpo: give --recipe orpo"):
+        firesteel("check", path, "--estimate", settings(tmp_path, orpo_lambda=0.5))
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl: looks like data, and settings are expected"):
+        firesteel("check", "--estimate", path)
 
 
 def test_a_run_has_its_own_limits(tmp_path: Path) -> None:

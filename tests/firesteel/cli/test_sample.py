@@ -18,7 +18,9 @@ from firesteel.model_size import parameters_of
 from firesteel.sdk import CheckpointError, ConfigError, ModelError
 from training.recipes import sft_loop
 from training.recipes.dpo_loop import main
-from training.utils.sampling import Sampling, subject_of, trying
+from training.utils.config import TrainerConfig
+from training.utils.rendering import Renderer
+from training.utils.sampling import MOST_TOKENS, SampledAnswer, Sampling, Subject, subject_of, trying
 from transports import service_in, serving
 
 PROMPTS = ("Question 1?", "Question 2?")
@@ -144,6 +146,35 @@ def test_an_answer_that_was_cut_is_said_to_be(folder: Path) -> None:
     assert printed.splitlines()[0] == f"Q: {PROMPTS[0]}"
     assert printed.count("(cut at 2 tokens; --max-tokens allows more)") == 4
     assert printed.index("base:") < printed.index("trained:")
+
+
+def test_without_a_limit_an_answer_is_as_long_as_the_model_has_room_for_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = tmp_path / "catalog.yaml"
+    shape = "{base_model: '*', mode: FORWARD_ONLY, device: cpu, dtype: float32, max_context_length: 60}"
+    catalog.write_text(f"shapes:\n  short: {shape}\n")
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(catalog))
+    short = Subject("tiny-llama", "tiny-llama", trainer=TrainerConfig(reference_training_shape_id="short"))
+    asked = len(Renderer.load("tiny-llama").question(PROMPTS[0]))
+    with trying(short) as tried:
+        answer = tried.exchange(PROMPTS[0], Sampling(), with_base=False).answer
+    assert (answer.tokens, answer.cut) == (60 - asked, True)
+    with trying(subject_of("tiny-llama")) as tried:
+        assert tried.exchange(PROMPTS[0], Sampling(), with_base=False).answer.tokens <= MOST_TOKENS
+
+
+def test_an_answer_that_ends_with_its_last_token_was_not_cut() -> None:
+    with trying(subject_of("tiny-llama")) as tried:
+
+        def drawn(seed: int, tokens: int | None = None) -> SampledAnswer:
+            sampling = Sampling(tokens, temperature=1.0, seed=seed)
+            return tried.exchange(PROMPTS[0], sampling, with_base=False).answer
+
+        seed, ended = next((seed, answer) for seed in range(50) if not (answer := drawn(seed)).cut)
+        assert drawn(seed, ended.tokens) == ended
+        before = drawn(seed, ended.tokens - 1)
+    assert (before.cut, before.text) == (True, ended.text)
 
 
 def test_a_server_says_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
