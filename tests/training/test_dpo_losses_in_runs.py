@@ -130,6 +130,8 @@ def forget(folder: Path, *names: str) -> None:
         ({"loss": "simpo", "reference": "base"}, "reference is not read by loss simpo"),
         ({"loss": "simpo", "reference_pass": "lazy"}, "reference_pass is not read by loss simpo"),
         ({"loss": "robust", "label_smoothing": 0.5}, "label_smoothing"),
+        ({"loss": "robust"}, "loss robust needs a label_smoothing above 0: .*loss sigmoid"),
+        ({"loss": "robust", "label_smoothing": 0}, "loss robust needs a label_smoothing above 0"),
         ({"sft_weight": -1}, "sft_weight"),
     ],
 )

@@ -394,7 +394,18 @@ def test_a_run_on_ranked_lists_learns_their_order_and_counts_the_ties(
     assert summary.after["dpo_loss"] < summary.before["dpo_loss"]
     assert summary.after["accuracy"] > 0.9
     # Six rows of three preferences, three with a tie.
-    assert "24 pairs (of 9 ranked lists; 3 ties dropped)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "24 pairs (of 9 ranked lists; 3 ties dropped)" in printed
+    assert "no row has more than two answers" not in printed
+
+
+@pytest.mark.parametrize(("loss", "told"), [("plackett_luce", 1), ("sigmoid", 0)])
+def test_the_loss_of_lists_on_rows_of_two_answers_is_said_to_be_sigmoid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str, told: int
+) -> None:
+    main(config(tmp_path, loss=loss))
+    said = "warning: loss plackett_luce: no row has more than two answers; of two it is the same as sigmoid"
+    assert capsys.readouterr().out.splitlines().count(said) == told
 
 
 def test_orpo_takes_ranked_lists_as_all_their_pairs(tmp_path: Path) -> None:

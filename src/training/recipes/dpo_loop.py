@@ -9,7 +9,7 @@ rows to export, is in `training_run`; here is what makes it DPO: the settings, a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +19,7 @@ from training.utils.preference_settings import PreferenceSettings
 from training.utils.training_settings import ReferenceMode, ReferenceSettings
 
 if TYPE_CHECKING:
+    from training.utils.data_findings import RowArray
     from training.utils.training_run import RunSummary
 
 WITH_REFERENCE = tuple(loss for loss in get_args(DpoLoss) if DpoObjective(1.0, loss=loss).uses_reference)
@@ -71,6 +72,11 @@ class Config(PreferenceSettings):
         """Settings that this run does not read."""
         return {*super().unread(), *(name for name, losses in READ_BY.items() if self.loss not in losses)}
 
+    def doubts(self, rows: RowArray) -> Iterator[str]:
+        """See `TrainingSettings.doubts`."""
+        if self.loss == "plackett_luce" and not (rows["pairs"] + rows["ties"] > 1).any():
+            yield "loss plackett_luce: no row has more than two answers; of two it is the same as sigmoid"
+
     @field_validator("loss", mode="before")
     @classmethod
     def _convention_is_named(cls, value: object) -> object:
@@ -87,6 +93,11 @@ class Config(PreferenceSettings):
                 raise ValueError(f"{name} is not read by loss {self.loss}, only by {', '.join(losses)}")
         if self.loss == "ld" and "ld_alpha" not in self.model_fields_set:
             raise ValueError("loss ld needs its ld_alpha: what tokens beyond the shorter response count")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "loss robust needs a label_smoothing above 0: how often labels are the wrong way round; without it "
+                "that is loss sigmoid"
+            )
         return self
 
 

@@ -97,8 +97,10 @@ def data_identity(
     }
 
 
-def doubts(selections: Sequence[SelectedRows[Any]], split: Split[Any]) -> Iterator[str]:
-    """What the data check warns of, of files that can be used."""
+def doubts(
+    config: TrainingSettings, selections: Sequence[SelectedRows[Any]], split: Split[Any]
+) -> Iterator[str]:
+    """What the data check warns of, of files that can be used, and what these settings make of their rows."""
     for selected in selections:
         for finding in selected.rows.source.index.kind.findings(selected.rows.kept):
             if finding.level == "warning":
@@ -106,3 +108,5 @@ def doubts(selections: Sequence[SelectedRows[Any]], split: Split[Any]) -> Iterat
     if len(selections) > 1:
         for finding in leakage(split.heldout.kept, split.train.kept):
             yield f"warning: eval_dataset: {finding}"
+    for doubt in config.doubts(split.train.records):
+        yield f"warning: {doubt}"

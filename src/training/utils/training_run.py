@@ -124,7 +124,7 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
             return summary_of_finished(start, display, config)
         for rows in selections:
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
-        for line in doubts(selections, split):
+        for line in doubts(config, selections, split):
             display.say(line)
         run = Run(config, split, renderer, folder, display, identity, start)
         stop = stack.enter_context(stopping_on_signals())

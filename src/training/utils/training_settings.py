@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from training.utils.schedules import Schedule
 from training.utils.trackers import Trackers
 
 if TYPE_CHECKING:
+    from training.utils.data_findings import RowArray
     from training.utils.learner import Learner
 
 ReferenceMode = Literal["upfront", "lazy"]
@@ -124,6 +125,10 @@ class TrainingSettings(RunSettings):
     def unread(self) -> Collection[str]:
         """Settings that this run does not read."""
         return () if self.lora_rank else ("lora_alpha",)
+
+    def doubts(self, rows: RowArray) -> Iterator[str]:
+        """What of these settings comes to nothing with such training rows: said before a model is loaded."""
+        yield from ()
 
     def resolved(self) -> dict[str, Any]:
         """See `RunSettings.resolved`; without what this run does not read."""
