@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import RANKS, config
+from runs import RANKS, config, write_rows
 
 from firesteel import store
 from firesteel.catalog import load_catalog
 from firesteel.finding import Finding
 from firesteel.model_size import ModelSize
+from firesteel.sdk import DataError
 from training.recipes.dpo_loop import Config, main
+from training.utils import first_rows
+from training.utils.first_rows import FIRST_ROWS
 from training.utils.needs import PROGRAM_BYTES, Device, RunNeeds, findings_before_torch, findings_on
 from training.utils.run_folder import RunFolder
 
@@ -132,6 +135,56 @@ def test_what_would_stop_a_run_is_found(tmp_path: Path, monkeypatch: pytest.Monk
         assert subject in problems(config(tmp_path, **settings)), subject
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in problems(config(tmp_path, base_model="org/model"))["model"]
+
+
+ROW = '{"prompt": "Question?", "chosen": "yes", "rejected": "no"}\n'
+OTHER = '{"chosen": "Question? yes", "rejected": "Question? no"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "fail", "skip"),
+    [
+        (ROW * 3, "ok", "ok"),
+        ("garbage\n" * 3, "problem", "problem"),
+        (ROW * 2 + "garbage\n", "problem", "note"),
+        ("garbage\n" * FIRST_ROWS + ROW, "problem", "note"),
+        (ROW * FIRST_ROWS + "garbage\n", "ok", "ok"),
+        (ROW + OTHER, "problem", "problem"),
+    ],
+    ids=["good", "garbage", "one bad row", "good rows come later", "bad rows come later", "two forms"],
+)
+def test_the_first_rows_say_whether_a_run_would_stop_at_them(
+    tmp_path: Path, rows: str, fail: str, skip: str
+) -> None:
+    """Against runs: those with a problem stop at the data, and of the others only one that has bad rows further on."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows)
+    tiny()
+    for on_bad_row, verdict in (("fail", fail), ("skip", skip)):
+        settings = config(tmp_path / on_bad_row, dataset=str(file), on_bad_row=on_bad_row)
+        said = found(settings)["dataset"]
+        assert said.verdict == verdict
+        stops = verdict == "problem" or (on_bad_row == "fail" and "garbage" in rows)
+        if stops:
+            with pytest.raises(DataError):
+                main(settings)
+        else:
+            assert main(settings).steps > 0
+
+
+def test_it_is_said_how_much_of_the_data_was_looked_at(tmp_path: Path) -> None:
+    few, many = (write_rows(tmp_path / f"{count}.jsonl", count) for count in (6, FIRST_ROWS + 1))
+    says = [found(config(tmp_path, dataset=path))["dataset"].says for path in (few, many)]
+    assert "its 6 rows can be read as prompt-messages" in says[0]
+    assert "the first 100 rows can be read as prompt-messages; `firesteel data check" in says[1]
+    assert says[1].endswith("reads all")
+
+
+def test_of_long_rows_fewer_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_rows, "FIRST_BYTES", 2 * len(ROW))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROW * 5)
+    assert "the first 2 rows can be read" in found(config(tmp_path, dataset=str(path)))["dataset"].says
 
 
 def test_a_folder_that_is_written_to_is_a_problem(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def _findings(config_file: Path | None, recipe: str) -> Iterator[Finding]:
 
     yield from _machine()
     yield from installation.findings()
+    yield _catalogue()
     yield from _kept()
     server = chosen_address()
     if server != "local":
@@ -96,6 +97,20 @@ def _machine() -> Iterator[Finding]:
     home = store.home()
     free = machine.disk_free(home)
     yield Finding("machine", "disk", f"{size(free)} free at FIRESTEEL_HOME, {home}", values={"free": free})
+
+
+def _catalogue() -> Finding:
+    from firesteel.catalog import CATALOG_VARIABLE, load_catalog
+
+    try:
+        catalog = load_catalog()
+    except FiresteelError as error:  # every run reads it first
+        todo = f"mend the file, name another in {CATALOG_VARIABLE}, or unset that"
+        return Finding("models", "catalogue", str(error), "problem", todo)
+    counts = {"models": len(catalog.models), "shapes": len(catalog.shapes)}
+    says = f"{counts['models']} models, {counts['shapes']} training shapes"
+    added = f", with those of {catalog.file}" if catalog.file else ""
+    return Finding("models", "catalogue", f"{says}{added}", values=counts)
 
 
 def _kept() -> Iterator[Finding]:

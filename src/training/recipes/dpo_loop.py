@@ -19,7 +19,7 @@ from training.utils.preference_settings import PreferenceSettings
 from training.utils.training_settings import ReferenceMode, ReferenceSettings
 
 if TYPE_CHECKING:
-    from training.utils.data_findings import RowArray
+    from training.utils.row_records import RowArray
     from training.utils.training_run import RunSummary
 
 WITH_REFERENCE = tuple(loss for loss in get_args(DpoLoss) if DpoObjective(1.0, loss=loss).uses_reference)

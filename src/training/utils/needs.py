@@ -19,7 +19,7 @@ from firesteel.model_size import ACTIVATION_TOKEN_BUDGET, ITEM_BYTES, STATE_COPI
 from firesteel.sdk import FiresteelError
 from firesteel.sdk.service_client import REFERENCE_MODES, ReferenceStrategy, decide_reference, policy_mode
 from firesteel.sdk.shapes import TrainingShape
-from training.utils.jsonl import located_rows
+from training.utils.first_rows import FirstRows
 from training.utils.run_folder import is_a_run
 from training.utils.runs import is_held
 from training.utils.training_settings import TrainingSettings
@@ -44,7 +44,7 @@ def findings_before_torch(config: TrainingSettings) -> Iterator[Finding]:
         yield from _model(config.tokenizer_model, "tokenizer")
     for name, path in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)):
         if path:
-            yield _data(name, path)
+            yield _data(name, path, config)
     yield _run_folder(Path(config.log_path))
     if (config.wandb.project or config.wandb.entity) and importlib.util.find_spec("wandb") is None:
         says = "settings for Weights & Biases, which is not installed: a run goes on without"
@@ -82,18 +82,24 @@ def _to_be_fetched(name: str, entry: ModelEntry, subject: str) -> Finding:
     return Finding("config", subject, says, "note", todo)
 
 
-def _data(name: str, path: str) -> Finding:
+def _data(name: str, path: str, config: TrainingSettings) -> Finding:
+    check = f"firesteel data check {path}"
     try:
-        bytes_ = os.path.getsize(path)
-        first = next(located_rows(path), None)
-    except (FiresteelError, OSError) as error:
-        return Finding("config", name, str(error), "problem", f"firesteel data check {path}")
-    if first is None:
-        return Finding("config", name, f"{path} holds no row", "problem")
-    return Finding(
-        "config", name, f"{path}: {size(bytes_)}, can be read; `firesteel data check {path}` reads all of it",
-        values={"bytes": bytes_},
-    )  # fmt: skip
+        first = FirstRows.of(path, config.learner.rows)
+    except FiresteelError as error:
+        return Finding("config", name, str(error), "problem", check)
+    values = {"bytes": os.path.getsize(path), "rows": first.count, "refused": len(first.refused)}
+    if not first.refused:
+        says = f"{path}: {size(values['bytes'])}, {first.named} can be read as {first.form}; `{check}` "
+        says += "looks at lengths and template too" if first.whole else "reads all"
+        return Finding("config", name, says, values=values)
+    says = f"{path}: of {first.named} {len(first.refused)} cannot be used, the first: {first.refused[0]}"
+    if first.stop(config.on_bad_row):
+        todo = f"{check} lists them; mend them, or leave them out (on_bad_row: skip)"
+        return Finding(
+            "config", name, says, "problem", todo if first.form else f"{check} says what it holds", values
+        )
+    return Finding("config", name, f"{says}; on_bad_row skip leaves them out", "note", check, values)
 
 
 def _run_folder(path: Path) -> Finding:

@@ -15,7 +15,7 @@ from training.utils.schedules import Schedule
 from training.utils.trackers import Trackers
 
 if TYPE_CHECKING:
-    from training.utils.data_findings import RowArray
+    from training.utils.row_records import RowArray
     from training.utils.learner import Learner
 
 ReferenceMode = Literal["upfront", "lazy"]

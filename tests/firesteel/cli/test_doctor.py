@@ -95,6 +95,19 @@ def test_what_would_stop_a_run_is_a_problem_and_exit_code_2(
     assert f"!!  {subject}" in printed or f"{subject}: " in printed
 
 
+def test_a_catalogue_that_cannot_be_read_is_a_problem_without_a_config_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_json()[1]["models", "catalogue"]["verdict"] == "ok"
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(tmp_path / "nope"))
+    code, found = in_json()
+    assert (code, found["models", "catalogue"]["verdict"]) == (2, "problem")
+    assert "there is no such file; FIRESTEEL_CATALOG" in found["models", "catalogue"]["says"]
+    (tmp_path / "mine.yaml").write_text("models:\n  mine: {source: tiny-llama}\n")
+    monkeypatch.setenv("FIRESTEEL_CATALOG", str(tmp_path / "mine.yaml"))
+    assert "mine.yaml" in in_json()[1]["models", "catalogue"]["says"]
+
+
 def test_the_recipe_decides_which_settings_there_are(tmp_path: Path) -> None:
     file = config_file(tmp_path, orpo_lambda=0.2)
     code, printed = doctor(file)
@@ -104,6 +117,15 @@ def test_the_recipe_decides_which_settings_there_are(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text('{"prompt": "Question?", "completion": "Answer."}\n')
     file = config_file(tmp_path, dataset=str(tmp_path / "chats.jsonl"), max_examples=1)
     assert doctor(file)[0] == 2
+    assert doctor(file, "--recipe", "sft")[0] == 0
+
+
+def test_the_recipe_decides_what_rows_are_usable(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "Question?", "completion": "Answer."}\n')
+    file = config_file(tmp_path, dataset=str(tmp_path / "chats.jsonl"))
+    code, found = in_json(file)
+    assert (code, found["config", "dataset"]["verdict"]) == (2, "problem")
+    assert "`firesteel sft` trains on these" in found["config", "dataset"]["says"]
     assert doctor(file, "--recipe", "sft")[0] == 0
 
 
