@@ -15,8 +15,8 @@ from training.utils.schedules import Schedule
 from training.utils.trackers import Trackers
 
 if TYPE_CHECKING:
-    from training.utils.row_records import RowArray
     from training.utils.learner import Learner
+    from training.utils.row_records import RowArray
 
 ReferenceMode = Literal["upfront", "lazy"]
 """When the reference is asked: for all rows before training, or for each batch as it comes up."""
