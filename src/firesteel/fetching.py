@@ -36,7 +36,8 @@ def shown_on_stderr(model: str) -> Iterator[Progress]:
     try:
         yield show
     finally:
-        bar.stop()
+        if bar.live.is_started:  # to stop one that was not started prints an empty line where TERM is dumb
+            bar.stop()
 
 
 class _LinePerStep:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.utils.data_check import Check, FileReport, kind_of
+from training.utils.data_check import Check, FileReport
 from training.utils.data_findings import DataFinding
 from training.utils.rendering import Renderer
+from training.utils.row_kinds import kind_of
 from training.utils.row_outcomes import Rendering
 
 

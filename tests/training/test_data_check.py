@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from runs import config
 from toy_tokenizers import CHATML, LLAMA_3, QWEN_3, byte_tokenizer
 
 from training.recipes.dpo_loop import main
-from training.utils.data_check import Check, kind_of
+from training.utils.data_check import Check
 from training.utils.data_check_text import report_lines
 from training.utils.data_figures import Lengths, Share
 from training.utils.preference_rows import PREFERENCES, saved_by_sharing
 from training.utils.rendering import Renderer
+from training.utils.row_index import index_rows
+from training.utils.row_kinds import kind_of
 from training.utils.row_outcomes import Rendering
+from training.utils.row_sets import select_rows
 from training.utils.sft_rows import SFT
 
 
@@ -133,6 +137,44 @@ def test_what_is_lost_is_counted_by_reason_and_listed_to_a_limit(tmp_path: Path)
     assert "    and 22 more; --all lists them" in list(report_lines(report))
 
 
+def reasons(rows: list[Any], tmp_path: Path) -> list[str]:
+    return [
+        f"{loss.rows} {loss.reason}" for loss in check(write(tmp_path, [*distinct(2), *rows]), None).losses
+    ]
+
+
+def test_a_reason_leaves_out_only_what_differs_between_its_rows(tmp_path: Path) -> None:
+    def weighing(*weights: float) -> list[Any]:
+        return [pair("q", "yes", "no", weight=weight) for weight in weights]
+
+    expected = "expected a number above 0 (1e-6 to 1e6)"
+    assert reasons(weighing(-2.5), tmp_path) == [f"1 weight: the number -2.5; {expected}"]
+    assert reasons(weighing(0, 0), tmp_path) == [f"2 weight: the number 0; {expected}"]
+    assert reasons(weighing(0, -2.5, 1e300, 0), tmp_path) == [f"4 weight: the number …; {expected}"]
+
+
+def test_a_quotation_is_left_out_whole_and_another_one_stays(tmp_path: Path) -> None:
+    def from_(*roles: str) -> list[Any]:
+        return [
+            {
+                **pair("q", "yes", "no"),
+                "prompt": [{"role": role, "content": "q"}, {"role": "user", "content": "r"}],
+            }
+            for role in roles
+        ]
+
+    (one,) = reasons(from_('a "b" c'), tmp_path)
+    assert 'prompt[0].role: the string "a \\"b\\" c"; expected' in one
+    (two,) = reasons(from_('a "b" c', "d 1"), tmp_path)
+    assert two == one.replace("1 ", "2 ", 1).replace('"a \\"b\\" c"', '"…"')
+
+
+def test_the_limit_of_rows_that_are_too_long_is_told(tmp_path: Path) -> None:
+    rows = [*distinct(1), pair("q", "a" * 100, "b"), pair("q", "a" * 2000, "b")]
+    (loss,) = check(write(tmp_path, rows), Renderer(byte_tokenizer()), max_seq_len=90).losses
+    assert loss.reason == "chosen has … tokens, more than max_seq_len 90"
+
+
 def test_rows_that_are_the_same_once_cut_are_told_so(tmp_path: Path) -> None:
     rows = [*distinct(2), pair("q", "a" * 100 + "b", "a" * 100 + "c")]
     report = check(write(tmp_path, rows), Renderer(byte_tokenizer()), max_seq_len=60, truncate="response_end")
@@ -189,6 +231,43 @@ def test_supervised_rows_are_known_as_such(tmp_path: Path, renderer: Renderer | 
     assert report.figures is not None
     assert report.figures.longer_is_chosen is None
     assert list(report.figures.lengths) == ["prompt", "rest", "learned"]
+
+
+@pytest.mark.parametrize("longest", [None, 34, 40, 48, 90])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_tokens_that_are_learned_are_those_left_after_the_cut_or_are_said_to_be_before_it(
+    tmp_path: Path, turns: int, longest: int | None
+) -> None:
+    """Which tokens are learned is not kept: where some between them are not, it is not known how many a cut leaves."""
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an answer"}]
+    renderer, rules = Renderer(byte_tokenizer()), Rendering(longest, "response_end")
+    rows = [
+        {"messages": [*turn * turns, {"role": "user", "content": "r" * n}, turn[1]][: 2 * turns]}
+        for n in range(3)
+    ]
+    path = write(tmp_path, rows)
+    index = index_rows(path, renderer, SFT)
+    with closing(select_rows(index, renderer, rules)) as selected:
+        items = selected.rows.take(range(3))
+    figures = check(path, renderer, max_seq_len=longest, truncate="response_end").figures
+    assert figures is not None
+    *_, (name, learned) = figures.lengths.items()
+    cut = any(item.truncated for item in items)
+    assert name == ("learned, before the cut" if cut and turns == 2 else "learned")
+    if name == "learned":
+        counted = [np.count_nonzero(item.datum.loss_fn_inputs["weights"].to_numpy()) for item in items]
+        assert learned == Lengths.of(np.array(counted))
+    else:
+        assert learned == Lengths.of(index.rows["learned"].astype(np.int64))
+
+
+def test_a_long_name_keeps_the_columns_under_each_other(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an answer"}]
+    path = write(tmp_path, [{"messages": turn * 2}])
+    report = check(path, Renderer(byte_tokenizer()), max_seq_len=50, truncate="response_end")
+    _, head, *table = list(report_lines(report))[:5]
+    assert table[2].startswith("  learned, before the cut ")
+    assert {len(line) for line in (head, *table)} == {len(head)}
 
 
 def test_a_run_says_what_the_check_warns_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from toy_tokenizers import byte_tokenizer
 
 from training.utils import row_comparison
-from training.utils.data_check import Check, FileReport, kind_of
+from training.utils.data_check import Check, FileReport
 from training.utils.data_comparison import across_files, leakage
 from training.utils.data_findings import Counterpart, DataFinding
 from training.utils.jsonl import LocatedRow
 from training.utils.preference_rows import PREFERENCES
 from training.utils.rendering import Renderer
 from training.utils.row_check import check_rows, read_in_characters
+from training.utils.row_kinds import kind_of
 from training.utils.row_records import RANKED, KeptRows
 from training.utils.sft_rows import SFT
 
@@ -290,8 +291,8 @@ def test_prompt_and_answer_that_change_places_are_another_row(renderer: Renderer
     assert across_files(files) == [[], []]
 
 
-def test_of_a_ranked_list_14_bytes_an_answer_are_kept_and_of_a_pair_none() -> None:
-    assert RANKED.itemsize == 14
+def test_of_a_ranked_list_18_bytes_an_answer_are_kept_and_of_a_pair_none() -> None:
+    assert RANKED.itemsize == 18
     rows = kept([ranked("p", "abcd"), pair("p", "a", "b"), ranked("q", "ab")], "a", None)
     assert len(rows.ranked) == 4
 

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from toy_tokenizers import CHATML, CHATML_MARKED, CHATML_WITH_TOOLS, LLAMA_3, byte_tokenizer
 
 from firesteel.sdk.errors import ConfigError, DataError, RowError
-from training.utils.data_check import kind_of
 from training.utils.data_forms import Target, convert, convert_file
 from training.utils.jsonl import LocatedRow, located_rows
 from training.utils.preference_examples import ExampleError
@@ -34,6 +33,7 @@ from training.utils.preference_sides import Side
 from training.utils.preference_writers import PREFERENCE_FORMS
 from training.utils.rendering import Renderer
 from training.utils.row_check import RowKind
+from training.utils.row_kinds import kind_of
 from training.utils.sft_rows import SFT
 from training.utils.sft_writers import SFT_FORMS
 

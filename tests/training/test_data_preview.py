@@ -9,10 +9,10 @@ import pytest
 from data_files import pair, write
 from toy_tokenizers import OF_NAMES_AND_COLONS, byte_fallback_tokenizer, byte_tokenizer
 
-from training.utils.data_check import kind_of
 from training.utils.data_preview import Preview, ShownText, previews
 from training.utils.jsonl import located_rows
 from training.utils.rendering import Renderer
+from training.utils.row_kinds import kind_of
 from training.utils.row_outcomes import Rendering
 
 ROWS: dict[str, Any] = {

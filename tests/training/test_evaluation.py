@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from firesteel.sdk import AdamParams, DataError, TrainingClient
 from training.utils import DpoObjective, ReconnectableClient, build_service_client
-from training.utils.evaluation import Answers, drawn_by_prompt, evaluate
+from training.utils.accuracy import Traits
+from training.utils.evaluation import Answers, drawn_by_prompt, evaluate, heldout_metrics
+from training.utils.losses import PairScores, SideScores, Stages
 from training.utils.preference_rows import PREFERENCES
 from training.utils.reference_pass import References
 from training.utils.rendering import Renderer
@@ -96,6 +100,27 @@ def test_metrics_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     right = sum(one[f"source/s{i}/count"] * one[f"source/s{i}/accuracy"] for i in range(3))
     assert right == pytest.approx(7 * one["accuracy"])
     assert one["accuracy_low"] < one["accuracy"] < one["accuracy_high"]
+
+
+def scored_pairs(deltas: list[float]) -> PairScores:
+    """Pairs whose chosen sides are by so much likelier than under the reference."""
+    values = torch.tensor(deltas, dtype=torch.float64)
+    zeros = torch.zeros_like(values)
+    chosen = SideScores(values, *[zeros] * 3, zeros + 2, zeros, zeros)
+    rejected = SideScores(*[zeros] * 4, zeros + 4, zeros, zeros)
+    stages = Stages(torch.arange(len(deltas)), zeros + 1)
+    return PairScores(chosen, rejected, zeros + 1, stages)
+
+
+def test_the_pairs_of_a_ranked_list_are_one_observation_for_the_standard_error() -> None:
+    """Each pair of a list of three weighs a third of a row: two rows here are in six pairs."""
+    deltas = [1.0, 2.0, 4.0, 3.0, 0.0, 2.0]
+    spread = np.std(deltas, ddof=1)
+    for row_pairs, rows in ((3, 2), (1, 6)):
+        metrics = heldout_metrics(
+            scored_pairs(deltas), [Traits(1, row_pairs=row_pairs)] * 6, DpoObjective(0.1)
+        )
+        assert metrics["delta_logp/chosen_stderr"] == pytest.approx(spread / math.sqrt(rows))
 
 
 def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy: TrainingClient) -> None:

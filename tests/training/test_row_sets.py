@@ -35,6 +35,7 @@ from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering
 from training.utils.row_sets import RowSet, SelectedRows, select_rows
 from training.utils.row_workers import RowWorkers
+from training.utils.sft_rows import SFT
 
 
 def row(chosen: str, rejected: str, question: str = "Ask") -> dict[str, Any]:
@@ -282,6 +283,43 @@ def workers_for_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_index, "BYTES_WORTH_WORKERS", 0)
     monkeypatch.setattr(row_index, "CHUNK_ROWS", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+@pytest.mark.parametrize(
+    ("kind", "content", "text"),
+    [
+        (
+            PREFERENCES,
+            {"prompt": "a", "completion": "b"},
+            "holds supervised rows, and preferences are trained on here; train on these with `firesteel sft`",
+        ),
+        (
+            SFT,
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "holds preferences, and supervised rows are trained on here; train on these with `firesteel dpo` or "
+            "`firesteel orpo`, or make supervised rows of them with `firesteel data convert --side chosen`",
+        ),
+    ],
+    ids=["supervised rows", "preferences"],
+)
+def test_a_file_of_another_kind_is_one_error_with_what_to_do(
+    tmp_path: Path, kind: Any, content: dict[str, str], text: str, on_bad_row: Any
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(content) + "\n") * 30)
+    with pytest.raises(DataError) as refused:
+        index_rows(str(path), Renderer(byte_tokenizer()), kind, on_bad_row)
+    assert str(refused.value) == f"{path}: {text}"
+
+
+def test_rows_of_the_other_kind_among_those_that_are_wanted_are_told_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    other = {"prompt": "a", "completion": "b"}
+    rows = [*[other] * 25, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"25 rows cannot be used:\n.*:1: row: .*a supervised row"):
+        index_rows(str(path), Renderer(byte_tokenizer()), PREFERENCES)
 
 
 def ranked(*answers: str, question: str) -> dict[str, Any]:

@@ -118,6 +118,19 @@ class Counting:
         return str(self.tokenizer.decode(tokens))
 
 
+def test_bytes_that_turn_a_character_before_them_into_none_are_told_in_order() -> None:
+    """As Llama 2 decodes: in a row of bytes that is no text, no byte is one, though three of these are at first."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    for more in ([], encode(tokenizer, "b")):
+        tokens = [
+            *(tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in (*"你".encode(), 0xFF)),
+            *more,
+        ]
+        found = token_texts(tokenizer, tokens)
+        assert "".join(each.text for each in found) == tokenizer.decode(tokens)
+        assert sum(each.tokens for each in found) == len(tokens)
+
+
 @named
 def test_the_work_grows_with_the_tokens_and_not_with_their_square(name: str) -> None:
     sizes = (300, 1200)
@@ -131,6 +144,15 @@ def test_the_work_grows_with_the_tokens_and_not_with_their_square(name: str) -> 
         token_texts(counting, tokens)
         decoded.append(counting.decoded)
     assert decoded[1] / decoded[0] < 1.1 * sizes[1] / sizes[0]
+
+
+def test_so_it_does_where_a_character_of_several_tokens_looks_like_bytes_that_are_none() -> None:
+    decoded = []
+    for size in (300, 1200):
+        counting: Any = Counting(TOKENIZERS["bytes"])
+        token_texts(counting, encode(counting.tokenizer, "a\ufffdb" * (size // 5)))
+        decoded.append(counting.decoded)
+    assert decoded[1] / decoded[0] < 1.1 * 4
 
 
 class Looking:

@@ -15,7 +15,9 @@ from firesteel.sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from training.utils.data_check import Check, FileReport
+    from training.utils.rendering import Renderer
     from training.utils.row_check import RowKind
+    from training.utils.row_limit import RowLimit
     from training.utils.training_settings import TrainingSettings
 
 app = typer.Typer(
@@ -30,7 +32,13 @@ _Tokenizer = Annotated[
 ]
 _Longest = Annotated[
     int | None,
-    typer.Option("--max-seq-len", min=2, help="Longest row in tokens; default: no limit.", metavar="N"),
+    typer.Option(
+        "--max-seq-len",
+        min=2,
+        help="Longest row in tokens. [default: what --model takes; with --tokenizer alone, no limit]",
+        metavar="N",
+        show_default=False,
+    ),
 ]
 _Truncate = Annotated[
     Literal["drop", "response_end"] | None,
@@ -76,26 +84,27 @@ def check(
     as_json: _Json = False,
 ) -> None:
     """Say what a run would refuse, drop or cut, and what looks wrong. Exit code 2: something must be mended."""
-    flags = _Flags(tokenizer or model, max_seq_len, truncate, on_bad_row)
+    flags = _Flags(model, tokenizer, max_seq_len, truncate, on_bad_row)
     if set_ and not estimate:
         raise ConfigError("--set is a setting of the run that --estimate names; give that too")
     config = _settings(estimate, recipe, set_ or [], files or [], heldout) if estimate else None
     if config is not None:
-        flags = _of_run(config, flags)
+        _refuse_beside_estimate(flags)
         files, heldout = [Path(config.dataset)], Path(config.eval_dataset) if config.eval_dataset else None
     if not files:
         raise ConfigError("no FILE is given, and no settings (--estimate) that name one")
-    from training.utils.data_check import kind_of
+    from training.utils.row_kinds import kind_of
 
     kind = config.learner.rows if config is not None else kind_of(files)
-    reports = _check(flags, kind, list_all=list_all, on_stderr=as_json).files(
+    checked_as = flags.checked_as() if config is None else _as_run(config)
+    reports = _check(checked_as, kind, list_all=list_all, on_stderr=as_json).files(
         [str(path) for path in files], str(heldout) if heldout else None
     )
     bad = any(
         report.of_level(level) for report in reports for level in (_COUNTED if strict else _COUNTED[:1])
     )
     if not as_json:
-        _print_reports(reports, flags, compared=len(files) > 1)
+        _print_reports(reports, checked_as, compared=len(files) > 1)
     cost = None
     if config is not None and not bad:
         from training.utils.data_estimate import estimate as estimate_run
@@ -107,8 +116,9 @@ def check(
             json.dumps(
                 {
                     "usable": not bad,
-                    "model": flags.name,
-                    "max_seq_len": flags.max_seq_len,
+                    "model": checked_as.name,
+                    "max_seq_len": checked_as.limit.tokens,
+                    "max_seq_len_is": checked_as.limit.says,
                     "files": [_plain(asdict(report)) for report in reports],
                     "estimate": cost and asdict(cost),
                 },
@@ -186,19 +196,20 @@ def preview(
 ) -> None:
     """Show rows as the model will see them: every token decoded, and which of them are scored."""
     from firesteel.cli.token_display import print_previews
-    from training.utils.data_check import kind_of
     from training.utils.data_preview import previews
-    from training.utils.rendering import Renderer
+    from training.utils.row_kinds import kind_of
     from training.utils.row_outcomes import Rendering
 
-    if not (name := tokenizer or model):
+    shown_as = _Flags(model, tokenizer, max_seq_len, truncate, None).checked_as()
+    if shown_as.renderer is None:
         raise ConfigError("a preview needs a model's tokenizer and template: give --model")
-    rules = Rendering(max_seq_len, truncate or "drop")
-    found = previews(str(file), Renderer.load(name), kind_of([file]), rules, rows)
+    rules = Rendering(shown_as.limit.tokens, truncate or "drop")
+    found = previews(str(file), shown_as.renderer, kind_of([file]), rules, rows)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=1, ensure_ascii=False))
-        return
-    print_previews(found, borders=tokens)
+    else:
+        print_previews(found, borders=tokens)
+    typer.echo(shown_as.limit.line, err=as_json)
 
 
 _COUNTED: tuple[Literal["error", "warning"], ...] = ("error", "warning")
@@ -206,25 +217,59 @@ _COUNTED: tuple[Literal["error", "warning"], ...] = ("error", "warning")
 
 @dataclass(frozen=True)
 class _Flags:
-    """How rows are read."""
+    """How rows are to be read, as far as the command line says."""
 
-    name: str | None
-    """Of the tokenizer."""
+    model: str | None
+    tokenizer: str | None
     max_seq_len: int | None
     truncate: Literal["drop", "response_end"] | None
     on_bad_row: Literal["fail", "skip"] | None
 
+    def checked_as(self) -> _CheckedAs:
+        """As a run on this model would read them."""
+        from training.utils.rendering import Renderer
+        from training.utils.row_limit import RowLimit
 
-def _of_run(config: TrainingSettings, given: _Flags) -> _Flags:
-    """As this run would read them."""
-    from training.utils.data_estimate import longest_row
+        name = self.tokenizer or self.model
+        if name is None and self.max_seq_len is not None:
+            raise ConfigError("--max-seq-len counts tokens, and those are a model's: give --model too")
+        renderer = Renderer.load(name) if name else None  # first: it fetches small models whole
+        if self.max_seq_len is not None:
+            limit = RowLimit(self.max_seq_len, "by --max-seq-len")
+        elif self.model is not None:
+            limit = RowLimit.of_model(self.model)
+        else:
+            limit = RowLimit(None, "a tokenizer alone has none")
+        return _CheckedAs(name, renderer, limit, self.truncate or "drop", self.on_bad_row or "fail")
 
-    if any((given.name, given.max_seq_len, given.truncate, given.on_bad_row)):
+
+@dataclass(frozen=True, eq=False)
+class _CheckedAs:
+    """How rows are read."""
+
+    name: str | None
+    """Of the tokenizer."""
+    renderer: Renderer | None
+    limit: RowLimit
+    truncate: Literal["drop", "response_end"]
+    on_bad_row: Literal["fail", "skip"]
+
+
+def _refuse_beside_estimate(given: _Flags) -> None:
+    if any(asdict(given).values()):
         raise ConfigError(
             "with --estimate, model and limits are the run's own: use --set, as --set max_seq_len=512"
         )
+
+
+def _as_run(config: TrainingSettings) -> _CheckedAs:
+    """As this run would read them."""
+    from training.utils.rendering import Renderer
+    from training.utils.row_limit import RowLimit
+
     name = config.tokenizer_model or config.base_model
-    return _Flags(name, longest_row(config), config.truncate, config.on_bad_row)
+    limit = RowLimit.of_run(config)
+    return _CheckedAs(name, Renderer.load(name), limit, config.truncate, config.on_bad_row)
 
 
 def _settings(
@@ -244,24 +289,22 @@ def _settings(
     return settings_of(recipe, values, "give --recipe {recipe}")
 
 
-def _check(flags: _Flags, kind: RowKind[Any], *, list_all: bool, on_stderr: bool) -> Check:
+def _check(checked_as: _CheckedAs, kind: RowKind[Any], *, list_all: bool, on_stderr: bool) -> Check:
     from training.utils.data_check import Check
     from training.utils.progress import Display
-    from training.utils.rendering import Renderer
     from training.utils.row_outcomes import Rendering
 
-    if flags.name is None and flags.max_seq_len is not None:
-        raise ConfigError("--max-seq-len counts tokens, and those are a model's: give --model too")
-    rules = Rendering(flags.max_seq_len, flags.truncate or "drop", flags.on_bad_row or "fail")
-    renderer = Renderer.load(flags.name) if flags.name else None
-    return Check(renderer, kind, rules, list_all, Display(on_stderr=on_stderr).reading)
+    rules = Rendering(checked_as.limit.tokens, checked_as.truncate, checked_as.on_bad_row)
+    return Check(checked_as.renderer, kind, rules, list_all, Display(on_stderr=on_stderr).reading)
 
 
-def _print_reports(reports: list[FileReport], flags: _Flags, *, compared: bool) -> None:
+def _print_reports(reports: list[FileReport], checked_as: _CheckedAs, *, compared: bool) -> None:
     from training.utils.data_check_text import report_lines
     from training.utils.progress import Display
 
     display = Display()
+    if checked_as.renderer is not None:
+        display.say(checked_as.limit.line)
     for report in reports:
         for line in report_lines(report):
             display.say(line)
@@ -269,7 +312,7 @@ def _print_reports(reports: list[FileReport], flags: _Flags, *, compared: bool) 
         display.say(
             "Files were compared too: what rows of two files have in common is told at the later one."
         )
-    if flags.name is None:
+    if checked_as.renderer is None:
         display.say(
             "Without --model only what needs no tokens was checked: not the chat template, not lengths in tokens."
         )

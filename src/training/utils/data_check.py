@@ -7,11 +7,9 @@ Rows are read and rendered by what runs use (`row_index`, `row_sets`), and findi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,30 +17,26 @@ import numpy as np
 from firesteel.sdk.errors import DataError
 from training.utils.data_comparison import across_files, leakage
 from training.utils.data_figures import Lengths, Share
-from training.utils.data_findings import LINES_SHOWN, DataFinding, Level, lines_told, longer_is_chosen
-from training.utils.jsonl import located_rows, parse_row
-from training.utils.preference_data import OF_SFT
+from training.utils.data_findings import LINES_SHOWN, DataFinding, Level, length_preference, lines_told
 from training.utils.preference_examples import ExampleError
 from training.utils.preference_rows import PREFERENCES
 from training.utils.rendering import Renderer
 from training.utils.row_check import RowKind, read_in_characters
 from training.utils.row_forms import FormatTally, refuse_nothing_left
 from training.utils.row_index import Progress, index_rows, row_chunks
+from training.utils.row_kinds import another_kind
 from training.utils.row_outcomes import Outcome, Rendering, RowCounts, RowOutcome
-from training.utils.row_records import RANKED, KeptRows, RowArray
+from training.utils.row_records import RANKED, KeptRows
 from training.utils.row_sets import select_rows
-from training.utils.sft_data import OF_PREFERENCES
-from training.utils.sft_rows import SFT
 
 Unit = Literal["tokens", "characters"]
 LISTED = 10
 REASONS_TOLD = 50
-_ROWS_OF_ONE_KIND = 20
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Rows that are lost, or shortened, for one reason: its numbers and quotations left out."""
+    """Rows that are lost, or shortened, for one reason: the numbers and quotations in which they differ left out."""
 
     outcome: Outcome
     reason: str
@@ -92,24 +86,6 @@ class FileReport:
         return [finding for finding in self.findings if finding.level == level]
 
 
-def kind_of(paths: Sequence[str | Path]) -> RowKind[Any]:
-    """What the first row that is JSON looks like: supervised, or else a preference."""
-    for path in paths:
-        for kind in _kinds_of_rows(path):
-            return kind or PREFERENCES
-    return PREFERENCES
-
-
-def _kinds_of_rows(path: str | Path) -> Iterator[RowKind[Any] | None]:
-    """What the rows that are JSON look like, None where that is neither."""
-    with suppress(DataError):  # what is wrong with a file is told when it is checked
-        for row in located_rows(str(path)):
-            with suppress(ExampleError):
-                keys = parse_row(row.raw).keys()
-                supervised = keys & (OF_SFT | {"text", "instruction"})
-                yield PREFERENCES if keys & OF_PREFERENCES else SFT if supervised else None
-
-
 @dataclass(frozen=True)
 class Check:
     """How files are checked: as a run with these rules would read them."""
@@ -142,9 +118,7 @@ class Check:
 
     def _of_another_kind(self, path: str) -> DataFinding | None:
         """Why no row of a file can be used, said once, where its first rows tell."""
-        kinds = set(islice(_kinds_of_rows(path), _ROWS_OF_ONE_KIND))
-        kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is None or kind is self.kind:
+        if (kind := another_kind(path, self.kind)) is None:
             return None
         text = (
             f"{path}: holds {kind.rows}, but is checked as {self.kind.rows}, as the first file is, or as the run "
@@ -193,14 +167,15 @@ class Check:
             form=form,
             rows=len(rows) + listing.rows - listing.count("shortened"),
             usable=len(rows),
-            figures=self._figures(rows),
+            figures=self._figures(kept),
             findings=(*lost, *self.kind.findings(kept)),
             losses=tuple(listing.losses),
             listed=tuple(listing.listed),
             lost=listing.rows,
         )
 
-    def _figures(self, rows: RowArray) -> Figures:
+    def _figures(self, kept: KeptRows) -> Figures:
+        rows = kept.records
         longest = self.rules.max_seq_len
         parts = self.kind.parts(rows, longest)
         computed = self.kind.computed(rows, longest).sum()
@@ -210,7 +185,7 @@ class Check:
             lengths={name: Lengths.of(lengths) for name, lengths in parts.items()},
             prompts=len(np.unique(rows["prompt"])),
             saved_by_sharing=float(1 - computed / tokens),
-            longer_is_chosen=longer_is_chosen(rows) if self.kind is PREFERENCES else None,
+            longer_is_chosen=length_preference(kept).share if self.kind is PREFERENCES else None,
         )
 
 
@@ -221,16 +196,20 @@ class _Listing:
         self._limit = limit
         self._lines: dict[tuple[Outcome, str], list[int]] = {}
         self._counts: dict[tuple[Outcome, str], int] = {}
+        self._reasons: dict[tuple[Outcome, str], _Reason] = {}
         self.listed: list[RowOutcome] = []
 
     def add(self, outcomes: Iterable[RowOutcome]) -> None:
         for row in outcomes:
             if self._limit is None or len(self.listed) < self._limit:
                 self.listed.append(row)
-            key = row.outcome, _kind_of(row.reason)
+            reason = _Reason.of(row.reason)
+            key = row.outcome, reason.kind
             if key not in self._counts and len(self._counts) >= REASONS_TOLD:
-                key = row.outcome, "other reasons"
+                reason = _Reason("other reasons", ("other reasons",))
+                key = row.outcome, reason.kind
             self._counts[key] = self._counts.get(key, 0) + 1
+            self._reasons[key] = self._reasons.get(key, reason).shared(reason)
             lines = self._lines.setdefault(key, [])
             if len(lines) < LINES_SHOWN:
                 lines.append(row.line)
@@ -244,7 +223,10 @@ class _Listing:
 
     @property
     def losses(self) -> list[Loss]:
-        found = [Loss(*key, count, tuple(self._lines[key])) for key, count in self._counts.items()]
+        found = [
+            Loss(key[0], str(self._reasons[key]), count, tuple(self._lines[key]))
+            for key, count in self._counts.items()
+        ]
         return sorted(found, key=lambda loss: -loss.rows)
 
     def findings(self, refused: Level) -> list[DataFinding]:
@@ -269,9 +251,37 @@ class _Listing:
         return found
 
 
-def _kind_of(reason: str) -> str:
-    """A reason without what differs from row to row."""
-    return re.sub(r'"[^"]*"', '"…"', re.sub(r"\d[\d,]*", "…", reason))
+_LEFT_OUT = "…"
+# A quotation, or a number; what is said between them is the same for all rows that are lost for one reason.
+_VARYING = re.compile(r'("(?:[^"\\]|\\.)*"|-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)')
+
+
+@dataclass(frozen=True)
+class _Reason:
+    """Why rows are lost: what is said of all of them."""
+
+    kind: str
+    """Without any number or quotation."""
+    parts: tuple[str, ...]
+    """Every second one is a number or a quotation, or left out where the rows differ in it."""
+
+    @classmethod
+    def of(cls, reason: str) -> _Reason:
+        """Of one row."""
+        parts = tuple(_VARYING.split(reason))
+        return cls("".join(_left_out(part) if place % 2 else part for place, part in enumerate(parts)), parts)
+
+    def shared(self, other: _Reason) -> _Reason:
+        """What is the same in another one of this kind."""
+        both = zip(self.parts, other.parts, strict=True)
+        return replace(self, parts=tuple(one if one == two else _left_out(one) for one, two in both))
+
+    def __str__(self) -> str:
+        return "".join(self.parts)
+
+
+def _left_out(part: str) -> str:
+    return f'"{_LEFT_OUT}"' if part.startswith('"') else _LEFT_OUT
 
 
 def _with_findings(report: FileReport, more: Iterable[DataFinding]) -> FileReport:

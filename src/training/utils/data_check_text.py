@@ -30,10 +30,11 @@ def report_lines(report: FileReport) -> Iterator[str]:
 
 
 def _figures(figures: Figures) -> Iterator[str]:
-    yield f"  {figures.unit:<12}{'min':>8}{'median':>9}{'mean':>9}{'p95':>8}{'max':>8}"
+    wide = max(12, *(len(name) + 1 for name in figures.lengths))
+    yield f"  {figures.unit:<{wide}}{'min':>8}{'median':>9}{'mean':>9}{'p95':>8}{'max':>8}"
     for name, some in figures.lengths.items():
         yield (
-            f"  {name:<12}{some.minimum:>8,}{some.median:>9,.0f}{some.mean:>9,.1f}{some.p95:>8,.0f}"
+            f"  {name:<{wide}}{some.minimum:>8,}{some.median:>9,.0f}{some.mean:>9,.1f}{some.p95:>8,.0f}"
             f"{some.maximum:>8,}"
         )
     yield from _histogram(figures.lengths)

@@ -98,12 +98,6 @@ class Estimate:
         )
 
 
-def longest_row(config: TrainingSettings) -> int:
-    """Of the trainer that this run would get, where the settings leave it to that."""
-    with build_service(config) as service:
-        return config.max_seq_len or service.longest_sequence()
-
-
 def estimate(config: TrainingSettings, display: Display) -> Estimate:
     """Load the models, make the first steps of the run, and reckon the rest from them. Raises what the run would."""
     renderer = Renderer.load(config.tokenizer_model or config.base_model)
@@ -125,12 +119,11 @@ def estimate(config: TrainingSettings, display: Display) -> Estimate:
             home().mkdir(parents=True, exist_ok=True)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="estimate-", dir=home()))
         measured = trial.measured(Path(scratch))
-        rows = sum(len(index.rows) for index in indexes)
-        return _reckoned(trial, measured, rows)
+        return _reckoned(trial, measured, sum(index.rows.nbytes + index.ranked.nbytes for index in indexes))
 
 
-def _reckoned(trial: Trial, measured: Measured, rows: int) -> Estimate:
-    """The whole run, from its parts."""
+def _reckoned(trial: Trial, measured: Measured, index_bytes: int) -> Estimate:
+    """The whole run, from its parts. `index_bytes` are those of the rows' indexes."""
     config, train, heldout = trial.config, trial.split.train, trial.split.heldout
     steps = epochs_of(config, trial.split).total_steps
     per_epoch = steps // config.epochs
@@ -148,7 +141,7 @@ def _reckoned(trial: Trial, measured: Measured, rows: int) -> Estimate:
     noted = _NOTED_BYTES * _scored(train, RECORDED_PAIRS) if measured.reference.calls else 0
     checkpoint = measured.checkpoint.size + noted
     checkpoints = checkpoint * count_kept(config, steps)
-    caches = rows * config.learner.rows.record_type.itemsize
+    caches = index_bytes
     caches += sum(map(_cache_bytes, (train, heldout))) if measured.reference.calls else 0
     return Estimate(
         rows=len(train),

@@ -47,14 +47,15 @@ class Lengths:
 class Share:
     """A count out of others, and between which shares the true one lies with 95 % certainty (Wilson's interval)."""
 
-    count: int
+    count: float
+    """Not a whole number where some of the others count in part."""
     out_of: int
     share: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, count: int, out_of: int) -> Share:
+    def of(cls, count: float, out_of: int) -> Share:
         """Of nothing, anything is possible."""
         if not out_of:
             return cls(0, 0, math.nan, 0.0, 1.0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from firesteel.sdk.types import BoolArray
 from training.utils.data_figures import Share
-from training.utils.row_comparison import contradicting, repeated, row_keys
+from training.utils.row_comparison import contradicting, lists_in_parts, ranked_twos, repeated, row_keys
 from training.utils.row_records import KeptRows, RowArray
 from training.utils.row_signs import Sign
 
@@ -80,15 +80,44 @@ def findings_of_preferences(rows: KeptRows) -> Iterator[DataFinding]:
     yield from findings_of(rows)
     text = "rows contradict another: the same prompt and answers, preferred the other way round"
     yield from _about(contradicting(rows), rows.records, "warning", "contradictions", text)
-    yield from _length_bias(rows.records)
-    yield from _looks_swapped(rows.records)
+    yield from _about_length(rows)
+    yield from _about_refusals(rows.records)
 
 
-def longer_is_chosen(rows: RowArray) -> Share:
-    """In how many of the rows with two answers of two lengths the longer one is the chosen one."""
-    rows = rows[rows["pairs"] + rows["ties"] == 1]
-    longer = int((rows["chosen"] > rows["rejected"]).sum())
-    return Share.of(longer, int((rows["chosen"] != rows["rejected"]).sum()))
+@dataclass(frozen=True)
+class LengthPreference:
+    """How often the longer of two answers is the better one. Answers of one length say nothing."""
+
+    share: Share
+    """Of rows: a ranked list is one, for its answers are no independent observations. It counts by the share of its
+    pairs."""
+    pairs: int
+    """Those of the lists among them."""
+
+
+def length_preference(rows: KeptRows) -> LengthPreference:
+    """That of some preferences."""
+    of_two = rows.records[rows.records["pairs"] + rows.records["ties"] == 1]
+    of_two = of_two[of_two["chosen"] != of_two["rejected"]]
+    lists = np.concatenate([_longer_in_lists(some) for some in lists_in_parts(rows.ranked)])
+    longer = int((of_two["chosen"] > of_two["rejected"]).sum())
+    in_part = float((lists["longer"] / lists["pairs"]).sum())
+    share = Share.of(longer + in_part, len(of_two) + len(lists))
+    return LengthPreference(share, len(of_two) + int(lists["pairs"].sum()))
+
+
+_LIST = np.dtype([("pairs", "<i8"), ("longer", "<i8")])
+
+
+def _longer_in_lists(ranked: RowArray) -> RowArray:
+    """Of each list: its pairs of two lengths, if it has any, and in how many of them the longer one is the better."""
+    better, worse = ranked_twos(ranked)
+    unlike = better["length"] != worse["length"]
+    longer = better["length"][unlike] > worse["length"][unlike]
+    _, list_of, pairs = np.unique(better["line"][unlike], return_inverse=True, return_counts=True)
+    lists = np.empty(len(pairs), _LIST)
+    lists["pairs"], lists["longer"] = pairs, np.bincount(list_of[longer], minlength=len(pairs))
+    return lists
 
 
 _OF_SIGNS: dict[Sign, tuple[Level, str, str]] = {
@@ -142,24 +171,30 @@ def _with(rows: RowArray, sign: Sign) -> BoolArray:
     return found
 
 
-def _length_bias(rows: RowArray) -> Iterator[DataFinding]:
-    share = longer_is_chosen(rows)
-    if share.low > BIASED and share.out_of >= PAIRS_TOLD:
-        text = f"the longer response is the chosen one in {share} of {share.out_of:,} pairs: length is learned with it"
+def _about_length(rows: KeptRows) -> Iterator[DataFinding]:
+    found = length_preference(rows)
+    if found.pairs < PAIRS_TOLD:
+        return
+    share, counted_in = found.share, f"{found.pairs:,} pairs"
+    if found.pairs > share.out_of:
+        counted_in = f"{share.out_of:,} rows with {counted_in}"
+    if share.low > BIASED:
+        text = f"the longer response is the chosen one in {share} of {counted_in}: length is learned with it"
         advice = "; a loss per token (sigmoid_norm, simpo) or ld holds against that"
         yield DataFinding("warning", "length-bias", text + advice)
-
-
-def _looks_swapped(rows: RowArray) -> Iterator[DataFinding]:
-    """Suspicions only, from what is usual: longer answers are preferred more often, refusals less often."""
-    share = longer_is_chosen(rows)
-    if share.high < 1 - BIASED and share.out_of >= PAIRS_TOLD:
-        text = f"the longer response is the chosen one in only {share} of {share.out_of:,} pairs"
+    if (
+        share.high < 1 - BIASED
+    ):  # a suspicion only, from what is usual: longer answers are preferred more often
+        text = f"the longer response is the chosen one in only {share} of {counted_in}"
         yield DataFinding(
             "warning",
             "looks-swapped-by-length",
             f"{text}: unless short answers are wanted, look whether chosen and rejected are swapped",
         )
+
+
+def _about_refusals(rows: RowArray) -> Iterator[DataFinding]:
+    """The same suspicion: it is usual that refusals are preferred less often."""
     chosen, rejected = _with(rows, Sign.CHOSEN_REFUSES), _with(rows, Sign.REJECTED_REFUSES)
     one_refuses = chosen != rejected
     refusals = Share.of(int((chosen & one_refuses).sum()), int(one_refuses.sum()))
@@ -169,6 +204,6 @@ def _looks_swapped(rows: RowArray) -> Iterator[DataFinding]:
             "warning",
             "looks-swapped-by-refusals",
             f"{text}: unless declining is to be learned, look whether chosen and rejected are swapped",
-            refusals.count,
+            int(refusals.count),
             _first_lines(rows, chosen & one_refuses),
         )

@@ -19,7 +19,6 @@ from typing import Any, TextIO
 
 from firesteel.sdk.errors import ConfigError, RowError
 from firesteel.sealed import storage_errors
-from training.utils.data_check import kind_of
 from training.utils.jsonl import LocatedRow, located_rows, parse_row
 from training.utils.preference_data import read_row
 from training.utils.preference_examples import ExampleError, PreferenceExample, RankedExample
@@ -35,6 +34,7 @@ from training.utils.row_extras import (
     with_extras,
 )
 from training.utils.row_forms import ERRORS_SHOWN, refuse_nothing_left, refuse_rows
+from training.utils.row_kinds import kind_of
 from training.utils.row_outcomes import OnBadRow
 from training.utils.row_values import Row
 from training.utils.sft_data import read_sft_row
@@ -156,7 +156,7 @@ def convert(row: LocatedRow, target: Target, kind: RowKind[Any]) -> NewRow:
 
 def _supervised_row(example: SftExample, form: str, extras: Row) -> NewRow:
     new = with_extras(write_supervised(example, form), extras)
-    _refuse_another_meaning(example, form, lambda: read_sft_row(_as_line(new), example.line))
+    _refuse_another_meaning(example, form, lambda: read_sft_row(_as_line(new), example.line)[1])
     return new
 
 
@@ -166,7 +166,10 @@ def _preference_row(old: Row, example: PreferenceExample, form: str, extras: Row
         scores = scores_beside(old)
         extras = {key: value for key, value in extras.items() if key not in scores}  # the list tells them
     new = with_extras(write_preference(example, form, scores), extras)
-    _refuse_another_meaning(_without_ranks(example), form, lambda: _read_preference(new, example.line))
+    line = example.line
+    _refuse_another_meaning(
+        _without_ranks(example), form, lambda: _without_ranks(read_row(_as_line(new), line)[1])
+    )
     return new
 
 
@@ -174,19 +177,17 @@ def _as_line(new: NewRow) -> bytes:
     return json.dumps(new).encode()
 
 
-def _refuse_another_meaning(meant: object, form: str, read: Callable[[], tuple[str, object]]) -> None:
-    """Read back, the new row must be of that form, and say what the old one does."""
+def _refuse_another_meaning(meant: object, form: str, read: Callable[[], object]) -> None:
+    """Read back, the new row must say what the old one does.
+
+    Then it is of that form too: what goes along can make it one of another form only by adding to what it says.
+    """
     try:
-        name, said = read()
+        said = read()
     except ExampleError as error:
         raise ExampleError(error.field, f"as {form}: {error.reason}") from None
-    if name != form or said != meant:
+    if said != meant:
         raise ExampleError("row", f"as {form} it would say something else")
-
-
-def _read_preference(new: NewRow, line: int) -> tuple[str, PreferenceExample]:
-    form, example = read_row(_as_line(new), line)
-    return form, _without_ranks(example)
 
 
 def _without_ranks(example: PreferenceExample) -> PreferenceExample:

@@ -65,7 +65,7 @@ class RenderedPreferences:
     @property
     def ranked(self) -> Sequence[RankedAnswer]:
         """See `row_check.RenderedRow`."""
-        return _ranked(self.example, self._answer_keys)
+        return _ranked(self.example, self._answer_keys, list(self.rendered.lengths.values()))
 
     @cached_property
     def _answer_keys(self) -> list[int]:
@@ -97,6 +97,10 @@ class PreferenceRows:
     name = "preferences"
     rows = "preferences"
     item = "pair"
+    advice = (
+        "train on these with `firesteel dpo` or `firesteel orpo`, or make supervised rows of them with "
+        "`firesteel data convert --side chosen`"
+    )
     shapes: Sequence[str] = tuple(form.shape for form in FORMATS)
     record_type: np.dtype[np.void] = np.dtype(
         [
@@ -152,7 +156,7 @@ class PreferenceRows:
         checked = (ordered_key(keys), sum(map(len, whole)), saved_by_sharing(whole), signs)
         lengths = len(whole[0]), max(map(len, whole[1:]))
         record = (*place, *checked, *lengths, pairs, ties, ordered_key(keys[::-1]))
-        return RecordedRow(form, record, _ranked(example, keys))
+        return RecordedRow(form, record, _ranked(example, keys, list(map(len, whole))))
 
     def lengths(self, record: np.void) -> dict[str, int]:
         """See `row_check.RowKind`."""
@@ -221,11 +225,12 @@ def prompt_and_answers(example: PreferenceExample) -> tuple[Messages | str, tupl
     return prompt, (example.chosen, example.rejected)
 
 
-def _ranked(example: PreferenceExample, keys: Sequence[int]) -> list[RankedAnswer]:
+def _ranked(example: PreferenceExample, keys: Sequence[int], lengths: Sequence[int]) -> list[RankedAnswer]:
     if len(keys) == 2 or not isinstance(example, RankedExample):
         return []
     places = {rank: place for place, rank in enumerate(sorted(set(example.ranks)))}
-    return [RankedAnswer(places[rank], key) for rank, key in zip(example.ranks, keys, strict=True)]
+    answers = zip(example.ranks, keys, lengths, strict=True)
+    return [RankedAnswer(places[rank], key, length) for rank, key, length in answers]
 
 
 def _refuse_same_answers(example: RankedExample, keys: Sequence[int]) -> None:

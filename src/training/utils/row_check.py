@@ -54,6 +54,8 @@ class RowKind(Protocol[T_co]):
     """What they are, for people."""
     item: str
     """What a row makes, for people."""
+    advice: str
+    """What to do with a file of these where another kind is wanted, for people."""
     shapes: Sequence[str]
     """The forms that a row may have, for people."""
     record_type: np.dtype[np.void]
@@ -144,5 +146,5 @@ def _checked(
             continue
         formats.add(one.form, row.line)
         usable.append(record)
-        ranked += [(row.line, answer.rank, answer.key) for answer in one.ranked]
+        ranked += [(row.line, answer.rank, answer.key, answer.length) for answer in one.ranked]
     return CheckedRows(np.array(usable, kind.record_type), np.array(ranked, RANKED), refused, formats)

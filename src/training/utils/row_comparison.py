@@ -50,7 +50,7 @@ def preferences_of(rows: KeptRows) -> RowArray:
     records = rows.records
     of_two = records[records["pairs"] + records["ties"] == 1]
     from_pairs = _preferences(of_two["line"], row_keys(of_two, "content"), row_keys(of_two, "turned"))
-    better, worse = _ranked_twos(rows.ranked)
+    better, worse = ranked_twos(rows.ranked)
     prompts = records["prompt"][np.searchsorted(records["line"], better["line"])] * _FACTOR
     keys = [
         prompts + ordered_keys(one["answer"], other["answer"])
@@ -83,7 +83,14 @@ def contradicting(rows: KeptRows) -> BoolArray:
     return np.isin(rows.records["line"], np.concatenate(against))
 
 
-def _ranked_twos(ranked: RowArray) -> tuple[RowArray, RowArray]:
+def lists_in_parts(ranked: RowArray) -> Iterator[RowArray]:
+    """Ranked lists, whole ones, so many at once that not every two answers of all of them are in memory."""
+    _, starts, sizes = np.unique(ranked["line"], return_index=True, return_counts=True)
+    part = np.cumsum(sizes * (sizes - 1) // 2) // _PREFERENCES_AT_ONCE
+    yield from np.split(ranked, starts[1:][np.diff(part) > 0])
+
+
+def ranked_twos(ranked: RowArray) -> tuple[RowArray, RowArray]:
     """Of ranked lists, every two answers of which the first is better: the better ones, and the worse ones."""
     place = np.arange(len(ranked))
     last = np.searchsorted(ranked["line"], ranked["line"], side="right")

@@ -38,6 +38,7 @@ from training.utils.jsonl import FileState, LocatedRow, hash_of_file, located_ro
 from training.utils.rendering import Renderer
 from training.utils.row_check import CheckedRows, RefusedRow, RowKind, check_rows
 from training.utils.row_forms import ERRORS_SHOWN, FormatTally, refuse_nothing_left, refuse_rows
+from training.utils.row_kinds import refuse_another_kind
 from training.utils.row_outcomes import OnBadRow
 from training.utils.row_records import RANKED, KeptRows, RowArray
 from training.utils.row_workers import RowWorkers
@@ -138,6 +139,8 @@ def index_rows(
         RowError(path, row.line, row.field, row.reason) for row in islice(_refused(folder), ERRORS_SHOWN)
     ]
     form = header.formats.only(path) if header.formats.counts else ""
+    if not header.usable and header.refused > 1:
+        refuse_another_kind(path, kind)
     if on_bad_row == "fail":
         refuse_rows(path, first, header.refused)
     if not header.usable:

@@ -34,6 +34,7 @@ RANKED = np.dtype(
         ("line", "<u4"),  # of the row
         ("rank", "<u2"),  # 0 is the best; tied answers have one
         ("answer", "<u8"),  # hash of its tokens behind the prompt
+        ("length", "<u4"),  # tokens of the whole sequence
     ]
 )
 
@@ -44,6 +45,7 @@ class RankedAnswer:
 
     rank: int
     key: int
+    length: int
 
 
 @dataclass(frozen=True, eq=False)

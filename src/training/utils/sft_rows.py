@@ -29,6 +29,8 @@ from training.utils.sft_data import DOCUMENT, FORMATS, read_sft_row
 from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample, TurnsExample
 from training.utils.tokenizer import Tokens
 
+LEARNED_BEFORE_THE_CUT = "learned, before the cut"
+
 
 @dataclass(frozen=True)
 class LearnedSequence:
@@ -95,6 +97,7 @@ class SftRows:
     name = "sft"
     rows = "supervised rows"
     item = "example"
+    advice = "train on these with `firesteel sft`"
     shapes: Sequence[str] = tuple(form.shape for form in FORMATS)
     record_type: np.dtype[np.void] = np.dtype(
         [
@@ -125,10 +128,19 @@ class SftRows:
         return RecordedRow(form, (*place, json_key(learned), start + length, 0, 0, length))
 
     def parts(self, records: RowArray, longest: int | None) -> dict[str, IntArray]:
-        """See `row_check.RowKind`."""
-        whole = np.minimum(records["tokens"].astype(np.int64), longest or np.iinfo(np.int64).max)
+        """See `row_check.RowKind`.
+
+        Which tokens are learned is not kept, only how many and where they begin. So it is known what a cut leaves of
+        them where all are learned from there on, and said to be before the cut where that is not so.
+        """
+        tokens, learned = (records[name].astype(np.int64) for name in ("tokens", "learned"))
+        whole = self.computed(records, longest)
         prompt = np.minimum(records["prompt_len"].astype(np.int64), whole)
-        return {"prompt": prompt, "rest": whole - prompt, "learned": records["learned"].astype(np.int64)}
+        parts = {"prompt": prompt, "rest": whole - prompt}
+        without_gaps = learned == tokens - records["prompt_len"]
+        if without_gaps[whole < tokens].all():
+            return parts | {"learned": np.minimum(learned, whole - prompt)}
+        return parts | {LEARNED_BEFORE_THE_CUT: learned}
 
     def computed(self, records: RowArray, longest: int | None) -> IntArray:
         """See `row_check.RowKind`."""

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from runs import config, write_rows
+from runs import config, write_lists, write_rows
 from typer.testing import CliRunner, Result
 
 from firesteel.cli.main import app
@@ -39,6 +40,116 @@ def test_without_a_model_it_says_what_was_not_checked(tmp_path: Path) -> None:
     assert "Without --model only what needs no tokens was checked" in firesteel("check", path).stdout
     with pytest.raises(ConfigError, match=r"--max-seq-len counts tokens.*give --model"):
         firesteel("check", path, "--max-seq-len", 100)
+
+
+LONGEST = 8192
+"""Tokens that tiny-llama takes, as its config.json says."""
+
+
+def write_with_a_long_row(path: Path) -> str:
+    """Four pairs, of which the second does not fit into tiny-llama."""
+    write_rows(path, 3)
+    answers = {
+        side: [{"role": "assistant", "content": text * LONGEST}]
+        for side, text in (("chosen", "a"), ("rejected", "b"))
+    }
+    first, *others = path.read_text().splitlines()
+    row = {"prompt": [{"role": "user", "content": "Go on."}], **answers}
+    path.write_text("\n".join([first, json.dumps(row), *others]) + "\n")
+    return str(path)
+
+
+def test_a_check_drops_what_a_run_on_that_model_drops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_with_a_long_row(tmp_path / "long.jsonl")
+    printed = firesteel("check", path, "--model", "tiny-llama").stdout
+    assert printed.startswith(
+        f"longest row: {LONGEST:,} tokens, what tiny-llama takes; --max-seq-len sets another\n"
+    )
+    assert "line 2: dropped: chosen has 82" in printed
+    run = config(tmp_path).model_copy(update={"dataset": path})
+    dpo_loop.main(run)
+    (summary,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{path}: 4 rows"))
+    assert "1 dropped" in summary
+    assert summary.partition(" (listed")[0] in printed.splitlines()
+
+
+def test_a_preview_drops_it_too(tmp_path: Path) -> None:
+    path = write_with_a_long_row(tmp_path / "pairs.jsonl")
+    arguments = ("preview", path, "--model", "tiny-llama", "--rows", 2)
+    shown = firesteel(*arguments)
+    assert "pairs.jsonl:2: max_seq_len: dropped: chosen has 82" in shown.stdout
+    limit = f"longest row: {LONGEST:,} tokens, what tiny-llama takes"
+    assert shown.stdout.splitlines()[-1].startswith(limit)
+    as_json = firesteel(*arguments, "--json")
+    assert [row["problem"] == "" for row in json.loads(as_json.stdout)] == [True, False, True]
+    assert as_json.stderr.startswith(limit)
+
+
+def test_another_limit_can_be_set(tmp_path: Path) -> None:
+    path = write_with_a_long_row(tmp_path / "pairs.jsonl")
+    longer = firesteel("check", path, "--model", "tiny-llama", "--max-seq-len", 9999)
+    assert "longest row: 9,999 tokens, by --max-seq-len\n" in longer.stdout
+    assert "4 rows of the form prompt-messages: 4 pairs\n" in longer.stdout
+
+
+def test_the_limit_of_a_run_to_estimate_is_its_own(tmp_path: Path) -> None:
+    path, said = (
+        write_rows(tmp_path / "pairs.jsonl", 4),
+        ("by max_seq_len of the run", "what the trainer of the run takes"),
+    )
+    for limit, says in zip((300, LONGEST), said, strict=True):
+        given = {} if limit == LONGEST else {"max_seq_len": limit}
+        # A row that is refused ends it before anything is tried out.
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(Path(path).read_text() + "{}\n")
+        report = json.loads(
+            firesteel("check", bad, "--estimate", settings(tmp_path, **given), "--json").stdout
+        )
+        assert (report["max_seq_len"], report["max_seq_len_is"]) == (limit, says)
+
+
+UNKNOWN_SHAPES = """
+shapes:
+  accounts/local/trainingShapes/cpu-policy:
+    {base_model: another, mode: POLICY_TRAINER, device: cpu, dtype: float32}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "why"),
+    [
+        (("--tokenizer", "tiny-llama"), {}, "a tokenizer alone has none"),
+        (
+            ("--tokenizer", "tiny-llama", "--model", "smollm2-135m-instruct"),
+            {"FIRESTEEL_HOME": "home"},
+            "smollm2-135m-instruct is not here (`firesteel models pull smollm2-135m-instruct`)",
+        ),
+        (
+            ("--model", "tiny-llama"),
+            {"FIRESTEEL_BASE_URL": "http://127.0.0.1:1"},
+            "it is that of a trainer at a server, which is not asked here",
+        ),
+        (
+            ("--model", "tiny-llama"),
+            {"FIRESTEEL_CATALOG": "catalog.yaml"},
+            "no training shape runs 'tiny-llama' as POLICY_TRAINER",
+        ),
+    ],
+    ids=["of a tokenizer", "of a model that is not here", "of a server", "where no trainer runs it"],
+)
+def test_where_no_limit_is_known_that_is_said(
+    tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], why: str
+) -> None:
+    (tmp_path / "catalog.yaml").write_text(UNKNOWN_SHAPES)
+    paths = {"home": str(tmp_path / "home"), "catalog.yaml": str(tmp_path / "catalog.yaml")}
+    environment = {name: paths.get(value, value) for name, value in environment.items()}
+    path = write_with_a_long_row(tmp_path / "pairs.jsonl")
+    printed = firesteel("check", path, *arguments, **environment).stdout
+    assert printed.startswith(f"longest row: no limit was checked: {why}")
+    assert "; --max-seq-len sets one\n" in printed
+    assert "4 rows of the form prompt-messages: 4 pairs\n" in printed
 
 
 def test_warnings_are_errors_if_that_is_asked_for(tmp_path: Path) -> None:
@@ -168,6 +279,18 @@ def test_supervised_runs_are_estimated_too(tmp_path: Path) -> None:
     estimate = json.loads(firesteel(*arguments).stdout)["estimate"]
     assert (estimate["rows"], estimate["seconds_reference"]) == (10, 0)
     assert sft_loop.Config.recipe == "sft"
+
+
+def test_an_estimate_counts_all_of_the_rows_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ORPO has no reference, and so no other cache. The files have each a head, of 128 bytes."""
+    monkeypatch.setenv("FIRESTEEL_HOME", str(tmp_path / "home"))
+    path = write_lists(tmp_path / "lists.jsonl", 12)
+    arguments = ("check", path, "--recipe", "orpo", "--estimate", settings(tmp_path, batch_size=4), "--json")
+    estimate = json.loads(firesteel(*arguments).stdout)["estimate"]
+    (folder,) = (tmp_path / "home/row_indexes").iterdir()
+    arrays = [np.load(folder / name) for name in ("rows.npy", "ranked.npy")]
+    assert [len(array) for array in arrays] == [12, 36]
+    assert estimate["disk_caches_bytes"] == sum(array.nbytes for array in arrays)
 
 
 def test_what_a_run_would_refuse_is_not_estimated(tmp_path: Path) -> None:
