@@ -175,17 +175,17 @@ def _about_length(rows: KeptRows) -> Iterator[DataFinding]:
     found = length_preference(rows)
     if found.pairs < PAIRS_TOLD:
         return
-    share, counted_in = found.share, f"{found.pairs:,} pairs"
+    share, count = found.share, f"{found.pairs:,}"
     if found.pairs > share.out_of:
-        counted_in = f"{share.out_of:,} rows with {counted_in}"
+        count = f"{share.out_of:,} rows with {count}"
     if share.low > BIASED:
-        text = f"the longer response is the chosen one in {share} of {counted_in}: length is learned with it"
+        text = f"the longer response is the chosen one in {share} of {count} pairs: length is learned with it"
         advice = "; a loss per token (sigmoid_norm, simpo) or ld holds against that"
         yield DataFinding("warning", "length-bias", text + advice)
     if (
         share.high < 1 - BIASED
     ):  # a suspicion only, from what is usual: longer answers are preferred more often
-        text = f"the longer response is the chosen one in only {share} of {counted_in}"
+        text = f"the longer response is the chosen one in only {share} of {count} pairs"
         yield DataFinding(
             "warning",
             "looks-swapped-by-length",
