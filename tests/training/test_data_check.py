@@ -233,32 +233,30 @@ def test_supervised_rows_are_known_as_such(tmp_path: Path, renderer: Renderer | 
     assert list(report.figures.lengths) == ["prompt", "rest", "learned"]
 
 
-@pytest.mark.parametrize("longest", [None, 34, 40, 48, 90])
-@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("less", [0, 1, 2, 6, 30])
+@pytest.mark.parametrize("turns", [1, 2, 3])
 def test_tokens_that_are_learned_are_those_left_after_the_cut_or_are_said_to_be_before_it(
-    tmp_path: Path, turns: int, longest: int | None
+    tmp_path: Path, turns: int, less: int
 ) -> None:
     """Which tokens are learned is not kept: where some between them are not, it is not known how many a cut leaves."""
-    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an answer"}]
-    renderer, rules = Renderer(byte_tokenizer()), Rendering(longest, "response_end")
-    rows = [
-        {"messages": [*turn * turns, {"role": "user", "content": "r" * n}, turn[1]][: 2 * turns]}
-        for n in range(3)
-    ]
-    path = write(tmp_path, rows)
+    said = {"role": "assistant", "content": "an answer " * 5}
+    rows = [{"messages": [{"role": "user", "content": "q" * (1 + n)}, said] * turns} for n in range(3)]
+    path, renderer = write(tmp_path, rows), Renderer(byte_tokenizer())
     index = index_rows(path, renderer, SFT)
-    with closing(select_rows(index, renderer, rules)) as selected:
+    longest = int(index.rows["tokens"].max()) - less
+    with closing(select_rows(index, renderer, Rendering(longest, "response_end"))) as selected:
         items = selected.rows.take(range(3))
     figures = check(path, renderer, max_seq_len=longest, truncate="response_end").figures
     assert figures is not None
     *_, (name, learned) = figures.lengths.items()
-    cut = any(item.truncated for item in items)
-    assert name == ("learned, before the cut" if cut and turns == 2 else "learned")
-    if name == "learned":
-        counted = [np.count_nonzero(item.datum.loss_fn_inputs["weights"].to_numpy()) for item in items]
-        assert learned == Lengths.of(np.array(counted))
-    else:
+    assert any(item.truncated for item in items) == (less > 0)
+    if less and turns > 1:
+        assert name == "learned, before the cut"
         assert learned == Lengths.of(index.rows["learned"].astype(np.int64))
+    else:
+        assert name == "learned"
+        left = [np.count_nonzero(item.datum.loss_fn_inputs["weights"].to_numpy()) for item in items]
+        assert learned == Lengths.of(np.array(left))
 
 
 def test_a_long_name_keeps_the_columns_under_each_other(tmp_path: Path) -> None:
