@@ -91,4 +91,5 @@ def refuse_nothing_left(path: str, first: Sequence[RowError], count: int, shapes
         forms = " | ".join(shapes)
         raise DataError(f"{path}: the file is empty; expected one JSON object per line, as one of {forms}")
     listed = "".join(f"\n  {error}" for error in first[:ERRORS_SHOWN])
-    raise DataError(f"{path}: none of its {count} rows can be used:{listed}")
+    none = "its only row cannot be used" if count == 1 else f"none of its {count:,} rows can be used"
+    raise DataError(f"{path}: {none}:{listed}")

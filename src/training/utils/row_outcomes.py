@@ -12,6 +12,7 @@ from typing import Literal
 
 from firesteel.sdk.errors import ConfigError, DataError
 from firesteel.sealed import storage_errors
+from training.utils.words import counted
 
 OnBadRow = Literal["fail", "skip"]
 Truncate = Literal["drop", "response_end"]
@@ -73,18 +74,20 @@ class RowCounts:
         """`pairs.jsonl: 592 rows of the form messages: 551 pairs; 3 dropped, 38 refused`."""
         lost = [f"{count:,} {outcome}" for outcome, count in sorted(self.lost.items()) if count]
         lost += [f"{self.not_used:,} not used (max_{self.item}s)"] if self.not_used else []
-        read = f"{path}: {self.rows:,} rows of the form {form}"
+        read = f"{path}: {counted(self.rows, 'row')} of the form {form}"
         return f"{read}: {made}" + (f"; {', '.join(lost)}" if lost else "")
 
     def nothing_left(self, path: str, outcomes: Iterable[RowOutcome]) -> DataError:
         """The error of a file of which nothing is left, with the first reasons."""
-        counted = ", ".join(
+        lost_as = ", ".join(
             f"{self.lost[kind]} {kind}" for kind in ("refused", "dropped") if self.lost.get(kind)
         )
         lost = sum(self.lost.values())
         reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in islice(outcomes, REASONS_SHOWN))
         more = f"\n  and {lost - REASONS_SHOWN} more" if lost > REASONS_SHOWN else ""
-        return DataError(f"{path}: no {self.item} is left of {self.rows} rows: {counted}{reasons}{more}")
+        return DataError(
+            f"{path}: no {self.item} is left of {counted(self.rows, 'row')}: {lost_as}{reasons}{more}"
+        )
 
 
 def write_row_outcomes(path: str | Path, source: str, outcomes: Iterable[RowOutcome]) -> None:
