@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from training.utils.doubts import Doubt
 from training.utils.losses import DpoLoss, DpoObjective
 from training.utils.preference_settings import PreferenceSettings
 from training.utils.training_settings import ReferenceMode, ReferenceSettings
@@ -72,10 +73,11 @@ class Config(PreferenceSettings):
         """Settings that this run does not read."""
         return {*super().unread(), *(name for name, losses in READ_BY.items() if self.loss not in losses)}
 
-    def doubts(self, rows: RowArray) -> Iterator[str]:
+    def doubts(self, rows: RowArray) -> Iterator[Doubt]:
         """See `TrainingSettings.doubts`."""
         if self.loss == "plackett_luce" and not (rows["pairs"] + rows["ties"] > 1).any():
-            yield "loss plackett_luce: no row has more than two answers; of two it is the same as sigmoid"
+            text = "no row has more than two answers; of two it is the same as sigmoid"
+            yield Doubt("loss plackett_luce", "setting-without-effect", text)
 
     @field_validator("loss", mode="before")
     @classmethod

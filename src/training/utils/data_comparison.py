@@ -9,6 +9,7 @@ import numpy as np
 
 from firesteel.sdk.types import IntArray
 from training.utils.data_findings import LINES_SHOWN, Counterpart, DataFinding, counted
+from training.utils.doubts import LEAKED_ROWS
 from training.utils.row_comparison import (
     asked_again,
     first_places,
@@ -51,8 +52,10 @@ def leakage(heldout: KeptRows, train: KeptRows) -> Iterator[DataFinding]:
     if _are_preferences(heldout):
         turned = first_places(row_keys(heldout.records, "turned"), trained)
         places = np.where(places < 0, turned, places)
-    text = "held-out rows are among the training rows of {} too, or there the other way round"
-    yield from _Told("held-out-rows", text).findings(_matches(here, places, there), paths)
+    text = "held-out rows are among the training rows of {} too"
+    if _are_preferences(heldout):
+        text += ", or there the other way round"
+    yield from _Told(LEAKED_ROWS, text).findings(_matches(here, places, there), paths)
 
 
 @dataclass(frozen=True)

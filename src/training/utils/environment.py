@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +14,11 @@ import orjson
 
 import firesteel
 from firesteel.sealed import read_json, replace_file
+from training.utils.doubts import Doubt
 
 if TYPE_CHECKING:
     from firesteel.sdk.operations import ModelDescription
+    from training.utils.run import Run
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 
@@ -38,11 +40,11 @@ class Environment:
     """Device, number format and attention of the policy, wherever it is."""
     data: Mapping[str, Any]
     """See `Identity.data`."""
+    doubts: Sequence[Doubt] | None = None
+    """What may be wrong with the data, as it was said at the start; None where nobody has noted it."""
 
     @classmethod
-    def of_a_run(
-        cls, recipe: str, total_steps: int, policy: ModelDescription, data: Mapping[str, Any]
-    ) -> Environment:
+    def of_a_run(cls, run: Run, policy: ModelDescription) -> Environment:
         """As it is now."""
         from importlib.metadata import version
 
@@ -50,8 +52,8 @@ class Environment:
 
         packages = {name: version(name) for name in PACKAGES}
         return cls(
-            recipe=recipe,
-            total_steps=total_steps,
+            recipe=run.config.recipe,
+            total_steps=run.epochs.total_steps,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             working_folder=os.getcwd(),
             versions={
@@ -71,14 +73,18 @@ class Environment:
                 "attention": policy.attention,
                 "longest sequence": policy.max_context_length,
             },
-            data=data,
+            data=run.identity.data,
+            doubts=run.doubts,
         )
 
     @classmethod
     def read(cls, path: Path) -> Environment | None:
         """None where there is none, or not as it was written."""
         try:
-            return cls(**read_json(path))
+            content = read_json(path)
+            doubts = content.get("doubts")
+            known = None if doubts is None else [Doubt(**doubt) for doubt in doubts]
+            return cls(**{**content, "doubts": known})
         except (OSError, ValueError, TypeError):
             return None
 

@@ -10,6 +10,8 @@ from typing import Any
 from firesteel.sdk import ConfigError
 from training.utils.checkpoints import Identity
 from training.utils.data_comparison import leakage
+from training.utils.data_findings import DataFinding
+from training.utils.doubts import Doubt
 from training.utils.evaluation import Split, split_by_prompt
 from training.utils.learner import Learner
 from training.utils.progress import Display
@@ -38,6 +40,8 @@ class Run:
     display: Display
     identity: Identity
     start: Start | GoOn
+    doubts: Sequence[Doubt]
+    """About its data."""
 
     @cached_property
     def learner(self) -> Learner[Any]:
@@ -97,16 +101,19 @@ def data_identity(
     }
 
 
-def doubts(
+def doubts_of(
     config: TrainingSettings, selections: Sequence[SelectedRows[Any]], split: Split[Any]
-) -> Iterator[str]:
+) -> Iterator[Doubt]:
     """What the data check warns of, of files that can be used, and what these settings make of their rows."""
     for selected in selections:
         for finding in selected.rows.source.index.kind.findings(selected.rows.kept):
             if finding.level == "warning":
-                yield f"warning: {selected.path}: {finding}"
+                yield _doubt(selected.path, finding)
     if len(selections) > 1:
         for finding in leakage(split.heldout.kept, split.train.kept):
-            yield f"warning: eval_dataset: {finding}"
-    for doubt in config.doubts(split.train.records):
-        yield f"warning: {doubt}"
+            yield _doubt("eval_dataset", finding)
+    yield from config.doubts(split.train.records)
+
+
+def _doubt(about: str, finding: DataFinding) -> Doubt:
+    return Doubt(about, finding.name, str(finding), finding.rows)

@@ -5,7 +5,8 @@ metrics.jsonl       a line per step                adapter/ or model/  the final
 bad_rows.jsonl      rows lost, and why             summary.json        written last: the run is finished
 checkpoints/        step-<n>/, each whole          checkpoints.jsonl   a line for each of them
 heldout/            step-<n>.jsonl: each held-out row before training, and after the newest evaluation
-environment.json    versions, machine, data        report.html         the run, for people
+environment.json    versions, machine, data and    report.html         the run, for people
+                    what looks wrong with it
 run.lock            who writes                     previous-<n>/       earlier runs; nothing is ever deleted
 """
 

@@ -43,7 +43,7 @@ from training.utils.resume import (
 from training.utils.row_index import index_rows
 from training.utils.row_outcomes import Rendering, write_row_outcomes
 from training.utils.row_sets import select_rows
-from training.utils.run import Run, data_identity, doubts, epochs_of, refuse_prompts, split_pairs
+from training.utils.run import Run, data_identity, doubts_of, epochs_of, refuse_prompts, split_pairs
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch
 from training.utils.sinks import MetricsLog, Sink, logged
@@ -78,7 +78,7 @@ class RunSummary:
     training_seconds: float
     """From this process's first step to the last, its evaluation and those between included."""
     warnings: list[str] = field(default_factory=list)
-    """What should be looked at before the result is used."""
+    """What should be looked at before the result is used: in the data, and in how the policy has changed."""
 
 
 def run_to_its_end(config: TrainingSettings) -> RunSummary:
@@ -124,16 +124,16 @@ def run_once(config: TrainingSettings, begun: Callable[[], None]) -> RunSummary:
             return summary_of_finished(start, display, config)
         for rows in selections:
             display.say(rows.summary + (f" (listed in {folder.bad_rows})" if rows.lost else ""))
-        for line in doubts(config, selections, split):
-            display.say(line)
-        run = Run(config, split, renderer, folder, display, identity, start)
+        doubts = list(doubts_of(config, selections, split))
+        for doubt in doubts:
+            display.say(f"warning: {doubt}")
+        run = Run(config, split, renderer, folder, display, identity, start, doubts)
         stop = stack.enter_context(stopping_on_signals())
         trainers = stack.enter_context(closing(load(run, service)))
         # Up to here nothing in the folder has changed: whatever was wrong, an earlier run is as it was.
         trackers = begin(run)
         metrics = stack.enter_context(closing(MetricsLog(folder.metrics, trackers, display.say)))
-        total, ran_by = run.epochs.total_steps, trainers.policy.description
-        Environment.of_a_run(config.recipe, total, ran_by, data).write(folder.environment)
+        Environment.of_a_run(run, trainers.policy.description).write(folder.environment)
         begun()
         for rows in selections:
             write_row_outcomes(folder.bad_rows, rows.path, rows.outcomes())
@@ -225,7 +225,7 @@ def train(run: Run, trainers: Trainers, loop: Loop, service: ServiceClient) -> R
         skipped_steps=position.skipped_steps,
         reference_seconds=references.seconds,
         training_seconds=training_seconds,
-        warnings=warnings,
+        warnings=[*map(str, run.doubts), *warnings],
     )
     folder.write_summary(asdict(summary))
     loop.stop.exit_if_asked()

@@ -15,6 +15,7 @@ from training.utils.schedules import Schedule
 from training.utils.trackers import Trackers
 
 if TYPE_CHECKING:
+    from training.utils.doubts import Doubt
     from training.utils.learner import Learner
     from training.utils.row_records import RowArray
 
@@ -126,7 +127,7 @@ class TrainingSettings(RunSettings):
         """Settings that this run does not read."""
         return () if self.lora_rank else ("lora_alpha",)
 
-    def doubts(self, rows: RowArray) -> Iterator[str]:
+    def doubts(self, rows: RowArray) -> Iterator[Doubt]:
         """What of these settings comes to nothing with such training rows: said before a model is loaded."""
         yield from ()
 
