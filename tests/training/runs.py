@@ -72,10 +72,10 @@ def write_lists(path: Path, count: int, extra: Any = ()) -> str:
     return str(path)
 
 
-def write_chats(path: Path, count: int) -> str:
+def write_chats(path: Path, count: int, start: int = 0) -> str:
     """Learnable rows: every answer is `yes` and the question's number. Some have two turns, some count double."""
     rows = []
-    for index in range(count):
+    for index in range(start, start + count):
         messages = []
         for turn in range(1 + index % 2):
             messages.append({"role": "user", "content": f"Question {index}, part {turn}?"})

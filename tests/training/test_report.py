@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 import test_orpo
+from made_runs import losses, made_run, margins
 from pages import Reading, read_page
 from runs import config, numbers, sft_config, write_chats, write_rows
 
@@ -149,7 +151,7 @@ def test_the_verdict_has_numbers_an_interval_and_what_was_lost(folder: Path, pag
     said = json.loads((folder / "dpo/summary.json").read_text())["warnings"]
     assert ("Likelihood displacement" in page.text) == any("displacement" in line for line in said)
     assert "Only 12 rows are held out" in page.text
-    assert "1 rows of the data were refused" in page.text
+    assert "1 row of the data was refused" in page.text
     assert "rows.jsonl:11: refused: rejected" in page.text
 
 
@@ -209,7 +211,7 @@ def test_damaged_lines_are_left_out_and_counted(folder: Path, tmp_path: Path) ->
     told = read_page(write_report([run]))
     assert "4 lines of metrics.jsonl are damaged and left out." in told.texts
     assert "a line of samples.jsonl is damaged" in told.text
-    assert "1 lines of bad_rows.jsonl are damaged and left out." in told.texts
+    assert "1 line of bad_rows.jsonl is damaged and left out." in told.texts
     assert "5,000" not in told.tables["Training steps"]["train/loss"]
 
 
@@ -328,11 +330,14 @@ def test_a_report_that_cannot_be_written_is_said_and_the_run_is_finished(
     assert report_at_the_end(run).startswith("report: not written: ")
 
 
-def test_the_pairs_of_a_ranked_list_are_told_apart(tmp_path: Path) -> None:
+def test_the_pairs_of_a_ranked_list_are_told_apart_and_show_their_two_answers(tmp_path: Path) -> None:
+    """Eight answers make 28 pairs, or 27 where the fourth and the fifth are tied."""
     lists = [
         {
             "prompt": f"Q{i}? ",
-            "completions": [{"text": text, "score": -n} for n, text in enumerate(("yes", "so so", "nope"))],
+            "completions": [
+                {"text": f"answer {'y' * n} of {i}", "score": -n - (i == 1 and n == 3)} for n in range(8)
+            ],
         }
         for i in range(4)
     ]
@@ -341,36 +346,223 @@ def test_the_pairs_of_a_ranked_list_are_told_apart(tmp_path: Path) -> None:
     dpo_loop.main(config(tmp_path, eval_dataset=str(path)))
     after = read_heldout(tmp_path / "run", 3)
     assert after is not None
-    assert [(row.line, row.pair) for row in after.rows] == [
-        (line, pair) for line in (1, 2, 3, 4) for pair in (1, 2, 3)
-    ]
+    assert [len([row for row in after.rows if row.line == line]) for line in (1, 2, 3, 4)] == [28, 27, 28, 28]
     page = read_page(write_report([tmp_path / "run"]))
-    worst = min(after.rows, key=lambda row: row.value)
-    assert f"Line {worst.line}, pair {worst.pair}: margin 0 → " in page.text
-    assert [text for text in page.texts if text.startswith("answer ")][:3] == [
-        "answer 1",
-        "answer 2",
-        "answer 3",
-    ]
+    assert "(6 rows, 4 held out: 111 pairs)" in page.text
+    ranked = sorted(after.rows, key=lambda row: row.value)
+    places = [t.split(":")[0] for t in page.texts if t.startswith("Line ")]
+    assert places == [f"Line {row.line}, pair {row.pair}" for row in (*ranked[:5], *ranked[::-1][:5])]
+    shown = [text for text in page.texts if text.startswith(("chosen: answer", "rejected: answer"))]
+    for place, row in enumerate((*ranked[:5], *ranked[::-1][:5])):
+        twos = [(b, w) for b in range(8) for w in range(b + 1, 8) if row.line != 2 or (b, w) != (3, 4)]
+        better, worse = twos[row.pair - 1]
+        sides = shown[2 * place : 2 * place + 2]
+        assert sides == [f"chosen: answer {better + 1} of 8", f"rejected: answer {worse + 1} of 8"]
+        assert f"answer {'y' * better} of {row.line - 1}" in page.texts
+        assert f"answer {'y' * worse} of {row.line - 1}" in page.texts
+    assert sum(len(row.tokens) for row in after.rows) == 222
 
 
 def test_sft_is_read_by_its_loss_and_shows_the_rows_that_it_finds_hardest(tmp_path: Path) -> None:
-    held = write_chats(tmp_path / "held.jsonl", 6)
+    held = write_chats(tmp_path / "held.jsonl", 6, start=50)
     sft_loop.main(sft_config(tmp_path, eval_dataset=held, epochs=3))
     after = read_heldout(tmp_path / "run", 9)
     assert after is not None
     summary = json.loads((tmp_path / "run/summary.json").read_text())["after"]
     weights = [
-        row.tokens["learned"] * (2 if row.line % 3 == 1 else 1) for row in after.rows
+        row.tokens["learned"] * (2 if (row.line + 49) % 3 == 0 else 1) for row in after.rows
     ]  # see write_chats
     mean = sum(row.value * weight for row, weight in zip(after.rows, weights, strict=True)) / sum(weights)
     assert mean == pytest.approx(summary["sft_loss"], rel=1e-5)
     page = read_page(write_report([tmp_path / "run"]))
     assert "SFT run: an adapter of rank 4 of tiny-llama" in page.text
-    assert "(8 examples, 6 held out)" in page.text
+    assert "(8 rows, 6 held out)" in page.text
     assert "Yes: the loss on rows that it was not trained on has come down." in page.text
     worst = max(after.rows, key=lambda row: row.value)
     shown = [text.split(":")[0] for text in page.texts if text.startswith("Line ")]
     assert shown[0] == f"Line {worst.line}"
     assert "answer" in page.texts
     assert "above 0" not in " ".join(page.told)
+
+
+def test_a_run_keeps_what_it_says_of_its_data_and_claims_nothing_of_rows_that_it_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "pairs.jsonl", 40)
+    settings = config(tmp_path, dataset=rows, eval_dataset=rows, batch_size=20, epochs=3, dcp_save_interval=2)
+    summary = dpo_loop.main(settings)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    kept = json.loads((tmp_path / "run/environment.json").read_text())["doubts"]
+    assert [doubt["name"] for doubt in kept if doubt["about"] == "eval_dataset"] == [
+        "held-out-prompts",
+        "held-out-rows",
+    ]
+    assert [f"warning: {doubt['about']}: {doubt['text']}" for doubt in kept] == said[: len(kept)]
+    assert summary.warnings[: len(kept)] == [f"{doubt['about']}: {doubt['text']}" for doubt in kept]
+    told = read_page(write_report([tmp_path / "run"]))
+    assert summary.after["accuracy"] == 1
+    assert (
+        "prefers the chosen answers of the held-out rows, but all of them are among the training rows"
+        in told.text
+    )
+    assert "not trained on" not in told.text
+    assert all(f"{doubt['about']}: {doubt['text']}." in told.texts for doubt in kept)
+
+    clean = write_rows(tmp_path / "clean.jsonl", 40, start=100)
+    dpo_loop.main(settings.model_copy(update={"eval_dataset": clean, "epochs": 4}))  # goes on
+    kept = json.loads((tmp_path / "run/environment.json").read_text())["doubts"]
+    assert [doubt for doubt in kept if doubt["about"] == "eval_dataset"] == []
+    assert "of rows that it was not trained on" in read_page(write_report([tmp_path / "run"])).text
+
+
+def test_a_run_that_noted_nothing_of_its_data_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "dpo", tmp_path / "run")
+    path = tmp_path / "run/environment.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "doubts"}))
+    assert "DPO run: an adapter of rank 4 of tiny-llama" in read_page(write_report([tmp_path / "run"])).text
+
+
+def heldout_charts(page: Reading) -> list[str]:
+    return [told for told in page.told if told.startswith("Held out, by ")]
+
+
+def test_values_of_several_measures_share_no_axis(tmp_path: Path) -> None:
+    runs = {
+        "summed": {},
+        "again": {"beta": 0.3},
+        "norm": {"loss": "sigmoid_norm"},
+        "ipo": {"loss": "ipo_mean"},
+        "simpo": {"loss": "simpo"},
+    }
+    for place, (name, settings) in enumerate(runs.items()):
+        made_run(tmp_path / name, (), (margins([0.0, 0.0]), margins([place, place + 0.5])), **settings)
+    odds = replace(margins([7.0, 8.0]), measure="log_odds_ratio")
+    made_run(tmp_path / "orpo", (), (odds, odds), orpo_lambda=0.1)
+    made_run(tmp_path / "sft", (), (losses([2.0]), losses([1.0])))
+    names = [*runs, "orpo", "sft"]
+    for name in names[:5]:
+        lines = [{"train/step": step, "train/margin": 1.0} for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read_page(write_report([tmp_path / name for name in names], tmp_path / "page.html"))
+    assert heldout_charts(page) == [
+        "Held out, by margin. summed: 2 values, median 0.25, 50.0% above 0; "
+        "again: 2 values, median 1.25, 100.0% above 0.",
+        "Held out, by margin per token. norm: 2 values, median 2.25, 100.0% above 0; "
+        "ipo: 2 values, median 3.25, 100.0% above 0.",
+        "Held out, by margin per token, without a reference. simpo: 2 values, median 4.25, 100.0% above 0.",
+        "Held out, by log odds ratio. orpo: 2 values, median 7.5, 100.0% above 0.",
+        "Held out, by sft_loss. sft: 1 value, median 1.",
+    ]
+    curves = [told.split(".")[0] for told in page.told if told.startswith("Margin")]
+    assert curves == [
+        "Margin by step",
+        "Margin per token by step",
+        "Margin per token, without a reference by step",
+    ]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_what_is_told_below_a_histogram_is_the_median_and_the_share_that_is_no_tie(tmp_path: Path) -> None:
+    """The mean of these is 20, and -0.0005 and 0.0005 are ties."""
+    after = [-0.0005, 0.0005, 0.0015, 0.5, 99.4985]
+    made_run(tmp_path, (), (margins([0.0, 0.0005, -0.0005, 0.0, 0.0]), margins(after)))
+    page = read_page(write_report([tmp_path]))
+    told = "after step 9: 5 values, median 0.0015, 60.0% above 0."
+    assert heldout_charts(page) == [f"Held out, by margin. {told}"]
+    assert f"{told} Before training all are 0: the policy is its reference." in page.texts
+
+
+def test_a_margin_per_token_is_a_tie_by_the_tokens_of_its_shorter_side(tmp_path: Path) -> None:
+    """Of 10 tokens, a tie is up to 0.0001."""
+    made_run(tmp_path, (), (margins([0.00005, 0.0]), margins([0.00009, 0.0002])), loss="sigmoid_norm")
+    told = " ".join(read_page(write_report([tmp_path])).texts)
+    assert "2 values, median 0.000145, 50.0% above 0. Before training all are 0" in told
+    made_run(tmp_path, (), (margins([0.0002, 0.0]), margins([0.00009, 0.0002])), loss="sigmoid_norm")
+    told = " ".join(read_page(write_report([tmp_path])).texts)
+    assert "before: 2 values, median 0.0001, 50.0% above 0; after step 9: " in told
+    assert "Before training all are 0" not in told
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo_mean", "simpo", "orpo"])
+def test_the_share_above_0_is_the_accuracy(tmp_path: Path, loss: str) -> None:
+    """Of a policy that has hardly moved, so that ties decide."""
+    held = {"eval_dataset": write_rows(tmp_path / "held.jsonl", 11, start=50), "learning_rate": 2e-6}
+    if loss == "orpo":
+        summary = orpo_loop.main(test_orpo.config(tmp_path, **held))
+    else:
+        summary = dpo_loop.main(config(tmp_path, loss=loss, beta=2.0, **held))
+    (told,) = heldout_charts(read_page(write_report([tmp_path / "run"])))
+    assert f", {summary.after['accuracy']:.1%} above 0." in told
+
+
+def test_losses_that_are_all_small_are_no_ties(tmp_path: Path) -> None:
+    made_run(tmp_path, (), (losses([0.0001, 0.0002]), losses([0.0001, 0.0001])))
+    told = " ".join(read_page(write_report([tmp_path])).texts)
+    assert "before: 2 values, median 0.00015; after step 9: 2 values, median 0.0001." in told
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_when_it_would_have_saved(tmp_path: Path) -> None:
+    for interval, said in (
+        (0, "This run cannot be gone on with: it saves none (dcp_save_interval)."),
+        (1, "It ended before its first; one is saved every 1 step (dcp_save_interval)."),
+        (50, "one is saved every 50 steps (dcp_save_interval). Started again, it begins at its first step."),
+    ):
+        made_run(tmp_path, (), dcp_save_interval=interval)
+        assert said in read_page(write_report([tmp_path])).text
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1, "train/loss": 1}\n')
+    assert "Not finished: 1 step is logged." in read_page(write_report([tmp_path])).text
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"nonfinite_rows": 2},
+        {"dpo_loss": None, "margin": None, "accuracy": None, "accuracy_low": None, "tie_rate": None},
+        {"sft_loss": None, "perplexity": None, "source/web/sft_loss": None},
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_numbers_that_are_none_have_a_page(
+    tmp_path: Path, after: dict[str, float | None], finished: bool
+) -> None:
+    lost = margins([math.nan, math.nan])
+    made_run(tmp_path, ({}, after), (lost, lost))
+    if finished:
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": 9, "before": {}, "after": after}))
+    page = read_page(write_report([tmp_path]))
+    assert "No: not one held-out row has finite log-probabilities." in page.texts
+    assert any("2 values are not finite" in text for text in page.texts)
+    name, value = next(iter(after.items()))
+    assert page.tables["Held out"][name][1] == ("not finite" if value is None else "2")
+
+
+def test_the_loss_of_each_source_is_drawn_once_together_and_in_a_table(tmp_path: Path) -> None:
+    held = Path(write_chats(tmp_path / "held.jsonl", 9, start=50))
+    rows = [json.loads(line) for line in held.read_text().splitlines()]
+    named = [{**row, "source": ("web", "books", "<b>")[i % 3]} for i, row in enumerate(rows)]
+    held.write_text("".join(json.dumps(row) + "\n" for row in named))
+    sft_loop.main(sft_config(tmp_path, eval_dataset=str(held), eval_interval=1))
+    page = read_page(write_report([tmp_path / "run"]))
+    evaluated = [line for line in numbers(tmp_path / "run") if "eval/sft_loss" in line]
+    assert len(evaluated) == 4
+    table = page.tables["Held out, by source"]
+    for name in ("web", "books", "<b>"):
+        values = [line[f"eval/source/{name}/sft_loss"] for line in evaluated]
+        assert parsed(table[f"{name}/sft_loss"]) == cells([values[0], values[-1]])
+        assert table[f"{name}/count"] == ["3", "3"]
+    (told,) = [told for told in page.told if "books" in told]
+    assert told.startswith("Held-out loss by source by step. <b>: ")
+    first, last = (line["eval/source/books/sft_loss"] for line in (evaluated[0], evaluated[-1]))
+    assert f"books: {first:.4g} at step 0, {last:.4g} at step 3, " in told
+    assert not [name for name in page.tables["Held out"] if "source/" in name]
+
+
+def test_sources_of_several_runs_are_in_a_table_a_column_each(tmp_path: Path) -> None:
+    made_run(tmp_path / "a", ({"source/web/sft_loss": 2.0}, {"source/web/sft_loss": 1.5}))
+    made_run(tmp_path / "b", ({}, {"source/web/sft_loss": 1.25, "source/books/sft_loss": 3.0}))
+    page = read_page(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html"))
+    table = page.tables["Held out, by source"]
+    assert table["web/sft_loss"] == ["1.5", "1.25"]
+    assert table["books/sft_loss"] == ["–", "3"]
+    assert page.told == []

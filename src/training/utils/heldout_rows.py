@@ -69,6 +69,16 @@ class HeldoutRows:
         """Whether the measure is a loss."""
         return self.measure.endswith("loss")
 
+    @property
+    def finite(self) -> Sequence[HeldoutRow]:
+        """Those that count in metrics."""
+        return [row for row in self.rows if row.is_finite]
+
+    @property
+    def lines(self) -> int:
+        """How many rows of the data file these are of: the pairs of one ranked list are of one."""
+        return len({row.line for row in self.rows})
+
 
 def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjective) -> HeldoutRows:
     """The margin of each pair, how long its sides are, and how likely."""

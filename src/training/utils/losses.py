@@ -64,6 +64,8 @@ DpoLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo_sum", "ipo_mean", "sigmoid_norm", "simpo", "ld", "plackett_luce"
 ]
 
+PER_TOKEN: tuple[DpoLoss, ...] = ("ipo_mean", "sigmoid_norm", "simpo")
+"""Losses whose margins are of means per token."""
 # Margins this near 0 (in nats) are ties. Policy and reference are computed in batches of other composition,
 # which moves a sum of some hundred float32 log-probabilities by about 1e-5: before training, a strict "> 0"
 # would toss a coin.
@@ -376,8 +378,7 @@ class DpoObjective:
     def margins(self, scores: PairScores) -> Margins:
         """Of the loss: per token where it is."""
         chosen, rejected = self.sides(scores)
-        per_token = self.loss in ("ipo_mean", "sigmoid_norm", "simpo")
-        return Margins(chosen - rejected, scores.tie_per_token if per_token else TIE)
+        return Margins(chosen - rejected, scores.tie_per_token if self.loss in PER_TOKEN else TIE)
 
     def preference(self, margin: torch.Tensor, stages: Stages) -> torch.Tensor:
         """The loss of each pair but for the SFT term, ``[N]``."""

@@ -19,11 +19,12 @@ from typing import Any
 from firesteel.sdk.errors import ConfigError, StorageError
 from firesteel.sealed import replace_file
 from training.utils.heldout_rows import HeldoutRow
-from training.utils.report_charts import SOURCE_PREFIX, Figure, figures, number
-from training.utils.row_excerpts import RowText, excerpt, read_back
+from training.utils.report_charts import SOURCE_PREFIX, Figure, figures
+from training.utils.row_excerpts import excerpt, read_back
 from training.utils.run_folder import REPORT
 from training.utils.run_record import Answer, Heldout, RunRecord, read_run
 from training.utils.verdict import Verdict, verdict_of
+from training.utils.words import counted, number
 
 TEMPLATE = "report.html.jinja"
 MARK = '<meta name="generator" content="firesteel report">'
@@ -49,7 +50,8 @@ class PairView:
     before: str
     after: str
     tokens: str
-    text: RowText | None
+    text: Mapping[str, str]
+    """Its labelled parts; empty where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,24 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(template).render(page=page, mark=MARK, number=number, excerpt=excerpt)
+    return environment.from_string(template).render(page=page, mark=MARK, **SHOWN)
+
+
+def without_checkpoints(run: RunRecord) -> str:
+    """What that means for a run that has none; nothing for one that is finished."""
+    interval = run.config.get("dcp_save_interval")
+    if run.state == "finished":
+        return ""
+    if not interval:
+        return " This run cannot be gone on with: it saves none (dcp_save_interval)."
+    every = f"every {counted(interval, 'step')} (dcp_save_interval)"
+    if run.state == "running":
+        return f" One is saved {every}."
+    return f" It ended before its first; one is saved {every}. Started again, it begins at its first step."
+
+
+SHOWN = {"number": number, "excerpt": excerpt, "without_checkpoints": without_checkpoints}
+"""What the template calls."""
 
 
 def page_of(runs: Sequence[RunRecord]) -> Page:
@@ -189,9 +208,13 @@ def _headline(run: RunRecord) -> str:
     config, rank = run.config, run.config.get("lora_rank")
     weights = f"an adapter of rank {rank}" if rank else "all weights"
     data = run.environment.data if run.environment else {}
-    counts = [f"{data[kind]:,} {kind}" for kind in ("pairs", "examples") if isinstance(data.get(kind), int)]
+    rows = [
+        data[kind] for kind in ("pairs", "examples") if isinstance(data.get(kind), int)
+    ]  # one of each row
+    counts = [counted(count, "row") for count in rows]
     if run.heldout:
-        counts.append(f"{len(run.heldout.after.rows):,} held out")
+        lines, pairs = run.heldout.after.lines, len(run.heldout.after.rows)
+        counts.append(f"{lines:,} held out" + (f": {counted(pairs, 'pair')}" if pairs != lines else ""))
     of = f" ({', '.join(counts)})" if counts else ""
     return (
         f"{run.recipe.upper()} run: {weights} of {config['base_model']}, trained on {config['dataset']}{of}."
@@ -203,11 +226,12 @@ def _outcome(run: RunRecord) -> str:
     if run.state == "finished":
         seconds = run.summary.get("training_seconds")
         took = f" The last process trained for {_duration(seconds)}." if isinstance(seconds, float) else ""
-        return f"Finished after {int(run.summary.get('steps', step)):,} steps.{took}"
-    total = f" of {run.environment.total_steps:,}" if run.environment else ""
-    return (
-        f"{'Still running' if run.state == 'running' else 'Not finished'}: {step:,}{total} steps are logged."
-    )
+        return f"Finished after {counted(int(run.summary.get('steps', step)), 'step')}.{took}"
+    state = "Still running" if run.state == "running" else "Not finished"
+    if run.environment is None:
+        return f"{state}: {counted(step, 'step')} {'is' if step == 1 else 'are'} logged."
+    total = run.environment.total_steps
+    return f"{state}: {step:,} of {counted(total, 'step')} {'is' if total == 1 else 'are'} logged."
 
 
 def _duration(seconds: float) -> str:
@@ -337,7 +361,7 @@ def _extremes(run: RunRecord, heldout: Heldout) -> ExtremePairs:
 
     def view(row: HeldoutRow) -> PairView:
         tokens = ", ".join(f"{side} {count:,}" for side, count in row.tokens.items())
-        text = None if isinstance(texts, str) else texts.get(row.line)
+        text = {} if isinstance(texts, str) or row.line not in texts else texts[row.line].pair(row.pair)
         place = f"Line {row.line}" + (f", pair {row.pair}" if row.line in several else "")
         was = before.get((row.line, row.pair))
         return PairView(place, number(was), number(row.value), tokens, text)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from training.utils.charts import BINS, CLIPPED_FROM, COLOURS, Bars, Curve, draw_curves, draw_histogram
 from training.utils.heldout_rows import HeldoutRows
-from training.utils.losses import TIE
+from training.utils.measures import MARGINS, Measure, values_of
 from training.utils.run_record import RunRecord, Series
-from training.utils.verdict import MARGINS, main_loss
+from training.utils.verdict import main_loss
+from training.utils.words import counted, number
 
 SOURCE_PREFIX = "eval/source/"
+BEFORE = "before"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,35 @@ class Plan:
     names: tuple[str, ...]
     note: str = ""
     level: float | None = None
+    measure: Measure | None = None
+    """Of runs whose values of one name are of several measures: those that are drawn."""
+
+    @property
+    def key(self) -> str:
+        """What the chart's names within the page begin with."""
+        return "c-" + re.sub(r"\W+", "-", self.title, flags=re.ASCII).strip("-").lower()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the values of the held-out rows of one evaluation are distributed."""
+
+    label: str
+    rows: HeldoutRows
+    colour: int
+
+    @property
+    def bars(self) -> Bars:
+        """As they are drawn."""
+        return Bars(self.label, values_of(self.rows), self.colour)
+
+    def told(self, measure: Measure) -> str:
+        """In words."""
+        finite = self.rows.finite
+        right = sum(map(measure.right, finite)) / len(finite)
+        share = f", {right:.1%} above 0" if measure.name in MARGINS else ""
+        middle = number(float(np.median(values_of(self.rows))))
+        return f"{self.label}: {counted(len(finite), 'value')}, median {middle}{share}"
 
 
 def figures(runs: Mapping[str, RunRecord]) -> Iterator[Figure]:
@@ -61,20 +91,20 @@ def figures(runs: Mapping[str, RunRecord]) -> Iterator[Figure]:
             yield figure if len(runs) == 1 else replace(figure, keys=())
     if len(runs) == 1:
         yield from _by_source(*runs.values())
-    if any(run.heldout for run in runs.values()):
-        yield _distribution(runs)
+    yield from _distributions(runs)
 
 
 def _plans(runs: Mapping[str, RunRecord]) -> Iterator[Plan]:
     logged = (name for run in runs.values() for name in run.metrics.series)
-    names = dict.fromkeys(name.removeprefix("train/").removeprefix("eval/") for name in logged)
+    named = (name for name in logged if not name.startswith(SOURCE_PREFIX))  # these are drawn together
+    names = dict.fromkeys(name.removeprefix("train/").removeprefix("eval/") for name in named)
     loss = main_loss(names)
     plans = [
         *([Plan(f"Loss ({loss})", (loss,))] if loss else []),
         Plan("Perplexity", ("perplexity",)),
         *(
-            Plan(title.capitalize(), (name,), "Above 0, chosen is preferred.", 0)
-            for name, title in MARGINS.items()
+            Plan(m.title.capitalize(), (m.name,), "Above 0, chosen is preferred.", 0, m)
+            for m in dict.fromkeys(Measure.of(name, run.config) for name in MARGINS for run in runs.values())
         ),
         Plan(
             "Accuracy", ("accuracy",), "Share of rows whose chosen answer is preferred; a coin has 0.5.", 0.5
@@ -107,7 +137,7 @@ def _plans(runs: Mapping[str, RunRecord]) -> Iterator[Plan]:
         if len(runs) == 1:
             yield plan
         else:  # colours tell runs apart
-            yield from (Plan(_title(plan, name), (name,), plan.note, plan.level) for name in plan.names)
+            yield from (replace(plan, title=_title(plan, name), names=(name,)) for name in plan.names)
 
 
 def _title(plan: Plan, name: str) -> str:
@@ -115,15 +145,17 @@ def _title(plan: Plan, name: str) -> str:
 
 
 def _curves(plan: Plan, runs: Mapping[str, RunRecord]) -> Iterator[Curve]:
-    for number, (run_name, run) in enumerate(runs.items()):
+    for run_number, (run_name, run) in enumerate(runs.items()):
         for place, name in enumerate(plan.names):
+            if plan.measure not in (None, Measure.of(name, run.config)):
+                continue
             for heldout, series in _series_of(run, name):
                 kind = "held out" if heldout else "training"
                 label = kind if len(runs) == 1 else f"{run_name}, {kind}"
                 if len(plan.names) > 1:
                     label = f"{name.rpartition('/')[2].removesuffix('_avg_lp')}, {kind}"
                 alone = len(runs) == 1 and len(plan.names) == 1
-                colour = int(heldout) if alone else number + place
+                colour = int(heldout) if alone else run_number + place
                 yield Curve(label, series.steps, series.values, colour, dashed=heldout)
 
 
@@ -132,12 +164,11 @@ def _series_of(run: RunRecord, name: str) -> Iterator[tuple[bool, Series]]:
     of_run = run.metrics.series
     training = of_run.get(f"train/{name}") or of_run.get(name)
     for heldout, series in ((False, training), (True, of_run.get(f"eval/{name}"))):
-        if series is not None and np.isfinite(series.values).any():
+        if series is not None and series.is_known:
             yield heldout, series
 
 
 def _figure(plan: Plan, curves: Sequence[Curve]) -> Figure:
-    name = f"c-{plan.names[0].replace('/', '-')}"
     missing = sum(int((~np.isfinite(curve.values)).sum()) for curve in curves)
     longest = max(len(curve.steps) for curve in curves)
     binned = (
@@ -145,11 +176,12 @@ def _figure(plan: Plan, curves: Sequence[Curve]) -> Figure:
         if any(c.is_binned for c in curves)
         else ""
     )
-    gaps = f"{missing:,} steps have no finite number." if missing else ""
+    has = "has" if missing == 1 else "have"
+    gaps = f"{counted(missing, 'step')} {has} no finite number." if missing else ""
     told = "; ".join(_told(curve) for curve in curves)
     return Figure(
         plan.title,
-        draw_curves(name, curves, plan.level),
+        draw_curves(plan.key, curves, plan.level),
         f"{plan.title} by step. {told}.",
         " ".join(filter(None, (plan.note, binned, gaps))),
         [Key(curve.label, curve.colour % COLOURS, curve.dashed) for curve in curves],
@@ -168,7 +200,7 @@ def _by_source(run: RunRecord) -> Iterator[Figure]:
         found = {
             name.removeprefix(SOURCE_PREFIX).removesuffix(f"/{measure}"): series
             for name, series in run.metrics.series.items()
-            if name.startswith(SOURCE_PREFIX) and name.endswith(f"/{measure}")
+            if name.startswith(SOURCE_PREFIX) and name.endswith(f"/{measure}") and series.is_known
         }
         if found:
             yield _of_sources(f"Held-out {title} by source", found, level)
@@ -185,51 +217,39 @@ def _of_sources(title: str, found: Mapping[str, Series], level: float | None) ->
     return _figure(Plan(title, ("source",), left_out, level), curves)
 
 
-def _distribution(runs: Mapping[str, RunRecord]) -> Figure:
-    """Of the held-out values: before and after of one run, or after of each of several."""
-    notes, bars = [], []
+def _distributions(runs: Mapping[str, RunRecord]) -> Iterator[Figure]:
+    """Of the held-out values, each measure by itself: before and after of one run, or after of each of several."""
+    by_measure: dict[Measure, list[Spread]] = {}
     for place, (name, run) in enumerate(runs.items()):
         if run.heldout is None:
             continue
-        after = _values(run.heldout.after)
+        measure = Measure.of(run.heldout.after.measure, run.config)
+        spreads = by_measure.setdefault(measure, [])
         if len(runs) > 1:
-            bars.append(Bars(name, after, place))
-            continue
-        before = _values(run.heldout.before)
-        if len(before) and np.abs(before).max() <= TIE:
+            spreads.append(Spread(name, run.heldout.after, place))
+        else:
+            spreads.append(Spread(BEFORE, run.heldout.before, 1))
+            spreads.append(Spread(f"after step {run.heldout.step:,}", run.heldout.after, 0))
+    for place, (measure, spreads) in enumerate(by_measure.items()):
+        yield _distribution(f"h-{place}", measure, spreads)
+
+
+def _distribution(key: str, measure: Measure, spreads: Sequence[Spread]) -> Figure:
+    drawn, notes = [], []
+    for spread in spreads:
+        if spread.rows.finite and not (spread.label == BEFORE and measure.all_tied(spread.rows)):
+            drawn.append(spread)
+        elif spread.rows.finite:
             notes.append("Before training all are 0: the policy is its reference.")
-        elif len(before):
-            bars.append(Bars("before", before, 1))
-        bars.append(Bars(f"after step {run.heldout.step:,}", after, 0))
-        if lost := len(run.heldout.after.rows) - len(after):
-            notes.append(f"{lost:,} values are not finite.")
-    bars = [part for part in bars if len(part.values)]
-    heldout = next(run.heldout for run in runs.values() if run.heldout)
-    title = f"Held out, by {MARGINS.get(heldout.after.measure, heldout.after.measure)}"
-    told = "; ".join(_distributed(part, above=not heldout.after.lower_is_better) for part in bars)
+        if lost := len(spread.rows.rows) - len(spread.rows.finite):
+            notes.append(
+                f"{spread.label}: {counted(lost, 'value')} {'is' if lost == 1 else 'are'} not finite."
+            )
+    bars = [spread.bars for spread in drawn]
     if sum(len(part.values) for part in bars) >= CLIPPED_FROM:
         notes.append("The outermost half percent on each side is in the first and the last bar.")
-    svg = draw_histogram("h-heldout", bars) if bars else ""
+    title = f"Held out, by {measure.title}"
+    told = "".join(f"{part}. " for part in ("; ".join(spread.told(measure) for spread in drawn),) if part)
+    svg = draw_histogram(key, bars) if bars else ""
     keys = [Key(part.label, part.colour % COLOURS, False) for part in bars]
-    return Figure(title, svg, f"{title}. {told}.", f"{told}. {' '.join(notes)}", keys)
-
-
-def _distributed(part: Bars, above: bool) -> str:
-    share = f", {(part.values > TIE).mean():.1%} above 0" if above else ""
-    median = number(float(np.median(part.values)))
-    return f"{part.label}: {len(part.values):,} values, median {median}{share}"
-
-
-def _values(rows: HeldoutRows) -> NDArray[np.float64]:
-    return np.array([row.value for row in rows.rows if math.isfinite(row.value)])
-
-
-def number(value: float | None) -> str:
-    """For people: four digits, and words for what is none."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "not finite"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
+    return Figure(title, svg, f"{title}. {told}".strip(), f"{told}{' '.join(notes)}".strip(), keys)

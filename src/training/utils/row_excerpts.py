@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +14,14 @@ from training.utils.preference_examples import (
     ExampleError,
     Messages,
     PlainExample,
-    PreferenceExample,
     RankedExample,
+    TextExample,
 )
 from training.utils.sft_data import read_sft_row
 from training.utils.sft_examples import CompletionExample, DocumentExample, SftExample
 
 LONGEST = 700
 """Characters of a text that are shown."""
-ANSWERS = 6
-"""Of a ranked list, the first so many are shown, best first."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,22 @@ class RowText:
     """A row as its labelled parts: prompt and answers, or as it stands where no reader knows it."""
 
     parts: Mapping[str, str]
+    """Of a ranked list without its answers."""
+    answers: Sequence[str] = ()
+    """Of a ranked list, best first."""
+    preferences: Sequence[tuple[int, int]] = ()
+    """Of a ranked list, the better and the worse answer of each of its pairs, by place."""
+
+    def pair(self, number: int) -> Mapping[str, str]:
+        """The parts of one of its pairs, from 1; those of any other row."""
+        if not 0 < number <= len(self.preferences):
+            return self.parts
+        sides = zip(("chosen", "rejected"), self.preferences[number - 1], strict=True)
+        of = len(self.answers)
+        return {
+            **self.parts,
+            **{f"{side}: answer {place + 1} of {of}": self.answers[place] for side, place in sides},
+        }
 
 
 def excerpt(text: str, longest: int = LONGEST) -> str:
@@ -63,7 +77,11 @@ def read_back(path: Path, sha256: str | None, lines: Collection[int]) -> Mapping
 def _text_of(raw: bytes, line: int) -> RowText:
     """A row is of one kind; which, only its reader says."""
     try:
-        parts = _parts(read_row(raw, line)[1])
+        example = read_row(raw, line)[1]
+        if isinstance(example, RankedExample):
+            answers = [excerpt(_said_in(answer)) for answer in example.answers]
+            return RowText({"prompt": excerpt(_said_in(example.prompt))}, answers, example.preferences)
+        parts = _parts(example)
     except ExampleError:
         try:
             parts = _sft_parts(read_sft_row(raw, line)[1])
@@ -72,15 +90,11 @@ def _text_of(raw: bytes, line: int) -> RowText:
     return RowText({name: excerpt(text) for name, text in parts.items()})
 
 
-def _parts(example: PreferenceExample) -> Mapping[str, str]:
+def _parts(example: ChatExample | PlainExample | TextExample) -> Mapping[str, str]:
     if isinstance(example, ChatExample):
         sides = example.prompt, example.chosen, example.rejected
         prompt, chosen, rejected = (_conversation(side) for side in sides)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if isinstance(example, RankedExample):
-        answers = (_said_in(answer) for answer in example.answers[:ANSWERS])
-        numbered = {f"answer {place}": text for place, text in enumerate(answers, start=1)}
-        return {"prompt": _said_in(example.prompt), **numbered}
     prompt = example.prompt if isinstance(example, PlainExample) else ""
     return {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected}
 

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from firesteel.sdk import CheckpointError
 from training.utils.checkpoints import Listed, found_in
+from training.utils.doubts import LEAKED_ROWS, Doubt
 from training.utils.environment import Environment
 from training.utils.heldout_rows import HeldoutRows, heldout_steps, read_heldout
 from training.utils.run_folder import ENVIRONMENT, SUMMARY, is_a_run
 from training.utils.runs import is_held
+from training.utils.words import counted
 
 LOST_ROWS_SHOWN = 5
 STEP = "train/step"
@@ -37,6 +39,11 @@ class Series:
 
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a finite value at all."""
+        return bool(np.isfinite(self.values).any())
 
     @property
     def first(self) -> float:
@@ -117,7 +124,9 @@ class RunRecord:
     environment: Environment | None
     metrics: Metrics
     before: Mapping[str, float]
-    """Held-out metrics before the first step, without `eval/`; empty where they are not known."""
+    """Held-out metrics before the first step, without `eval/`; not a number where one was not finite.
+
+    Empty where they are not known."""
     after: Mapping[str, float]
     """Those of the newest evaluation."""
     summary: Mapping[str, Any]
@@ -128,6 +137,16 @@ class RunRecord:
     checkpoints: Sequence[Listed]
     unread: Sequence[str]
     """What is there and could not be read, for people."""
+
+    @property
+    def doubts(self) -> Sequence[Doubt]:
+        """What was said of its data at the start, as far as that is known."""
+        return (self.environment.doubts if self.environment else None) or ()
+
+    @property
+    def leaked(self) -> int:
+        """How many held-out rows are among the training rows."""
+        return sum(doubt.rows for doubt in self.doubts if doubt.name == LEAKED_ROWS)
 
     @property
     def recipe(self) -> str:
@@ -145,7 +164,7 @@ def read_run(run: Path) -> RunRecord:
     metrics = read_metrics(run / "metrics.jsonl")
     summary = _summary(run)
     if metrics.damaged:
-        unread.append(f"{metrics.damaged:,} lines of metrics.jsonl are damaged and left out")
+        unread.append(f"{lines_are(metrics.damaged, 'metrics.jsonl')} damaged and left out")
     before, after = _heldout_metrics(metrics, summary)
     if (steps := heldout_steps(run)) and steps[0] != 0:
         before = {}  # it went on with other held-out rows than it began with
@@ -184,6 +203,11 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(series, damaged)
 
 
+def lines_are(count: int, name: str) -> str:
+    """`3 lines of name are`."""
+    return f"{counted(count, 'line')} of {name} {'is' if count == 1 else 'are'}"
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
@@ -215,10 +239,19 @@ def _heldout_metrics(
         name.removeprefix("eval/"): s for name, s in metrics.series.items() if name.startswith("eval/")
     }
     before = {name: s.first for name, s in of_eval.items() if s.steps[0] == 0}
-    after = {name: s.last for name, s in of_eval.items() if s.steps[-1] > 0}
+    newest = max(
+        (s.steps[-1] for s in of_eval.values()), default=0
+    )  # a metric may be missing where rows were lost
+    after = {name: s.last for name, s in of_eval.items() if s.steps[-1] == newest > 0}
     if summary:
-        before, after = dict(summary.get("before") or {}), dict(summary.get("after") or after)
+        before, after = _numbers(summary.get("before")), _numbers(summary.get("after")) or after
     return before, after
+
+
+def _numbers(metrics: object) -> dict[str, float]:
+    """As in `metrics.jsonl`: what was not finite is null."""
+    given = metrics.items() if isinstance(metrics, dict) else ()
+    return {name: math.nan if value is None else value for name, value in given}
 
 
 def _heldout(run: Path) -> Heldout | None:
@@ -255,7 +288,7 @@ def _lost(path: Path, unread: list[str]) -> LostRows:
         if len(first[row.outcome]) < LOST_ROWS_SHOWN:
             first[row.outcome].append(row)
     if damaged:
-        unread.append(f"{damaged:,} lines of bad_rows.jsonl are damaged and left out")
+        unread.append(f"{lines_are(damaged, 'bad_rows.jsonl')} damaged and left out")
     return LostRows(dict(counts), [row for rows in first.values() for row in islice(rows, LOST_ROWS_SHOWN)])
 
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from training.utils.checkpoints import finite
 from training.utils.displacement import Reading
-from training.utils.intervals import Z_95, Interval, wilson
+from training.utils.intervals import Interval, of_mean, wilson
+from training.utils.measures import MARGINS, Measure
 from training.utils.run_record import Heldout, RunRecord
+from training.utils.words import counted
 
 Kind = Literal["yes", "no", "unclear", "unknown"]
 
 MAIN_LOSSES = ("dpo_loss", "orpo_loss", "sft_loss", "loss")
 """The first of these that a run has is its loss."""
-MARGINS = {"margin": "margin", "log_odds_ratio": "log odds ratio"}
 COIN = 0.5
 SEEN = 1e-3
 """A loss that has risen by less is the same to people."""
@@ -42,8 +45,8 @@ class Verdict:
 
 
 def main_loss(names: Mapping[str, object]) -> str | None:
-    """The name, without `train/` or `eval/`, of the loss that a run minimises."""
-    bare = [name.split("/", 1)[-1] for name in names]
+    """The name, without `train/` or `eval/`, of the loss that a run minimises; none is of one source."""
+    bare = [name.split("/", 1)[-1] for name in names if "source/" not in name]
     known = [name for name in MAIN_LOSSES if name in bare]
     return next(iter([*known, *(name for name in bare if name.endswith("loss"))]), None)
 
@@ -57,8 +60,18 @@ def accuracy_interval(metrics: Mapping[str, float], rows: int | None) -> Interva
 
 def verdict_of(run: RunRecord) -> Verdict:
     """By preferences where there is an accuracy, else by the loss."""
-    kind, answer = _answer(run)
-    return Verdict(kind, answer, list(_facts(run)), list(_warnings(run)))
+    known = replace(run, before=finite(run.before), after=finite(run.after))
+    kind, answer = _answer(known)
+    if run.after and _all_lost(known):
+        kind, answer = "no", "No: not one held-out row has finite log-probabilities."
+    return Verdict(kind, answer, list(_facts(known)), list(_warnings(known)))
+
+
+def _all_lost(run: RunRecord) -> bool:
+    """Whether no held-out row has a number; the accuracy of an older run counts those that have none as wrong."""
+    if run.heldout is not None and run.heldout.after.rows:
+        return not run.heldout.after.finite
+    return main_loss(run.after) is None and not {"accuracy", *MARGINS} & run.after.keys()
 
 
 def _answer(run: RunRecord) -> tuple[Kind, str]:
@@ -105,47 +118,91 @@ def _surely_rejected(run: RunRecord) -> bool:
 
 def _since_the_start(run: RunRecord) -> tuple[Kind, str]:
     """Of a policy that prefers the chosen answers: whether it did so before. At the reference all margins are ties."""
-    yes = "Yes: it prefers the chosen answers of rows that it was not trained on."
-    if "accuracy" not in run.before or run.before.get("tie_rate", 0.0) > COIN:
-        return "yes", yes
+    if _began_with_ties(run):
+        return _yes(run, "it prefers the chosen answers of {}")
     change = _change_of_rows(run.heldout) if run.heldout else None
     if change is None:
         change = Interval(*[run.after["accuracy"] - run.before["accuracy"]] * 2)
     if change.low > 0:
-        return "yes", f"{yes[:-1]}, and more so than before training."
+        return _yes(run, "it prefers the chosen answers of {}, and more so than before training")
     if change.high < 0:
         return "no", "No: it prefers the chosen answers, but less than it did before training."
     return "unclear", "Not shown: it prefers the chosen answers, as it did before training."
+
+
+def _began_with_ties(run: RunRecord) -> bool:
+    return "accuracy" not in run.before or run.before.get("tie_rate", 0.0) > COIN
 
 
 def _by_loss(run: RunRecord) -> tuple[Kind, str]:
     loss = main_loss(run.after)
     if loss is None or loss not in run.before:
         return "unclear", "Not known: there is no held-out loss of before to compare with."
-    before, after = run.before[loss], run.after[loss]
+    fell = run.after[loss] < run.before[loss]
     change = _change_of_rows(run.heldout) if run.heldout and run.heldout.after.measure == loss else None
-    if change is not None and change.low <= 0 <= change.high:
+    if change is not None and not (change.high < 0 if fell else change.low > 0):
         return (
             "unclear",
             "Not shown: the held-out loss has come down on some rows and risen on others, as by chance.",
         )
-    if after < before:
-        return "yes", "Yes: the loss on rows that it was not trained on has come down."
+    if fell:
+        return _yes(run, "the loss on {} has come down")
     return (
         "no",
         "No: the held-out loss has not come down. A smaller learning rate, or fewer epochs, may help.",
     )
 
 
+def _yes(run: RunRecord, claim: str) -> tuple[Kind, str]:
+    """As far as the held-out rows are no training rows; `claim` has a place for what they are."""
+    if not run.leaked:
+        return "yes", f"Yes: {claim.format('rows that it was not trained on')}."
+    claim, verb = claim.format("the held-out rows"), "is" if run.leaked == 1 else "are"
+    rows = run.heldout.after.lines if run.heldout else None
+    if run.heldout and _holds_without(run.leaked, run, run.heldout):
+        those = f"the {run.leaked:,} of {rows:,} that {verb} among the training rows"
+        return "yes", f"Yes: {claim}; that would be so without {those}, too, whichever they are."
+    which = "all" if run.leaked == rows else f"{run.leaked:,}"
+    return "unclear", f"Not shown: {claim}, but {which} of them {verb} among the training rows."
+
+
+def _holds_without(count: int, run: RunRecord, heldout: Heldout) -> bool:
+    """Whether the answer would be yes if so many rows were not there: those that speak for it most."""
+    if count >= heldout.after.lines:
+        return False
+    if "accuracy" in run.after:
+        measure = Measure.of(heldout.after.measure, run.config)
+        right = _by_line((row.line, float(measure.right(row))) for row in heldout.after.rows)
+        left = sorted(right)[:-count]
+        if wilson(statistics.fmean(left), len(left)).low <= COIN:
+            return False
+        if _began_with_ties(run):
+            return True
+    sign = -1 if heldout.after.lower_is_better else 1
+    change = of_mean(sorted(sign * change for change in _changes(heldout))[:-count])
+    return change is not None and change.low > 0
+
+
 def _change_of_rows(heldout: Heldout) -> Interval | None:
     """Of the mean change of a row's value; None where there are too few for one."""
+    return of_mean(_changes(heldout))
+
+
+def _changes(heldout: Heldout) -> list[float]:
+    """How each row's value has changed: in the mean over its pairs, which hang together."""
     before = {(row.line, row.pair): row.value for row in heldout.before.rows}
-    changes = [row.value - before.get((row.line, row.pair), math.nan) for row in heldout.after.rows]
-    finite = [change for change in changes if math.isfinite(change)]
-    if len(finite) < 2:
-        return None
-    mean, half = statistics.fmean(finite), Z_95 * statistics.stdev(finite) / math.sqrt(len(finite))
-    return Interval(mean - half, mean + half)
+    changes = (
+        (row.line, row.value - before.get((row.line, row.pair), math.nan)) for row in heldout.after.rows
+    )
+    return _by_line((line, change) for line, change in changes if math.isfinite(change))
+
+
+def _by_line(values: Iterable[tuple[int, float]]) -> list[float]:
+    """The mean of the values of each line."""
+    found: defaultdict[int, list[float]] = defaultdict(list)
+    for line, value in values:
+        found[line].append(value)
+    return [statistics.fmean(of_line) for of_line in found.values()]
 
 
 def _facts(run: RunRecord) -> Iterator[str]:
@@ -153,23 +210,18 @@ def _facts(run: RunRecord) -> Iterator[str]:
     if "accuracy" in after:
         interval = accuracy_interval(after, rows)
         within = f" (95 % interval {interval.low:.3f} to {interval.high:.3f})" if interval else ""
-        of = f" of {rows:,} held-out rows" if rows else ""
-        yield f"Accuracy{of}: {_change(before, after, 'accuracy', '.3f')}{within}."
-    for name, title in MARGINS.items():
+        yield f"Accuracy{_counted_rows(run)}: {_change(before, after, 'accuracy', '.3f')}{within}."
+    for name in MARGINS:
         if name in after:
-            yield f"Mean {title}: {_change(before, after, name, '+.2f')}."
-    if "delta_logp/chosen" in after:
-        chosen, rejected = after["delta_logp/chosen"], after["delta_logp/rejected"]
-        yield (
-            "Against the reference, chosen answers changed by "
-            f"{chosen:+.2f} nats of log-probability and rejected ones by {rejected:+.2f}."
-        )
-    if "since_start/chosen" in after:
-        chosen, rejected = after["since_start/chosen"], after["since_start/rejected"]
-        yield (
-            "Since the start, chosen answers changed by "
-            f"{chosen:+.2f} nats of log-probability and rejected ones by {rejected:+.2f}."
-        )
+            measure = Measure.of(name, run.config)
+            yield f"Mean {measure.title}: {_change(before, after, name, measure.form)}."
+    for compared, since in (("delta_logp", "Against the reference"), ("since_start", "Since the start")):
+        if {f"{compared}/chosen", f"{compared}/rejected"} <= after.keys():
+            chosen, rejected = after[f"{compared}/chosen"], after[f"{compared}/rejected"]
+            yield (
+                f"{since}, chosen answers changed by "
+                f"{chosen:+z.2f} nats of log-probability and rejected ones by {rejected:+z.2f}."
+            )
     loss = main_loss(after)
     if loss is not None:
         yield f"Held-out {loss}: {_change(before, after, loss, '.4f')}."
@@ -179,25 +231,53 @@ def _facts(run: RunRecord) -> Iterator[str]:
         yield f"Ties: {_change(before, after, 'tie_rate', '.1%')}. A tie does not count as correct."
 
 
+def _counted_rows(run: RunRecord) -> str:
+    rows = _rows(run)
+    if rows is None or run.heldout is None:
+        return ""
+    pairs = len(run.heldout.after.rows)
+    of = f" of the {counted(pairs, 'pair')}" if pairs != run.heldout.after.lines else ""
+    return f"{of} of {counted(rows, 'held-out row')}"
+
+
 def _change(before: Mapping[str, float], after: Mapping[str, float], name: str, form: str) -> str:
     now = f"{after[name]:{form}}"
     return f"{before[name]:{form}} → {now}" if name in before else f"{now} (before: not known)"
 
 
 def _warnings(run: RunRecord) -> Iterator[str]:
+    yield from (f"{doubt}." for doubt in run.doubts)
+    yield from _not_finite(run)
     now, start = Reading.of_heldout(run.after), Reading.of_start(run.before)
     if now and start and (displaced := now.displaced(start)):
         yield f"{displaced[0].upper()}{displaced[1:]}."
     yield from _past_its_best(run)
     if skipped := int(run.metrics.last("train/skipped_steps") or 0):
-        yield f"{skipped:,} steps were skipped: their loss or gradient was not finite."
+        was, its = ("was", "its") if skipped == 1 else ("were", "their")
+        yield f"{counted(skipped, 'step')} {was} skipped: {its} loss or gradient was not finite."
     if truncated := run.after.get("truncated", 0.0):
         yield f"{truncated:.1%} of the held-out rows were cut to max_seq_len."
     if (rows := _rows(run)) and rows < FEW:
-        yield f"Only {rows} rows are held out: most differences between runs are chance."
+        are = "is" if rows == 1 else "are"
+        yield f"Only {counted(rows, 'row')} {are} held out: most differences between runs are chance."
     if lost := sum(run.lost.counts.values()):
-        yield f"{lost:,} rows of the data were refused, dropped or shortened; see Rows lost."
+        were = "was" if lost == 1 else "were"
+        yield f"{counted(lost, 'row')} of the data {were} refused, dropped or shortened; see Rows lost."
     yield from (f"{problem}." for problem in run.unread)
+
+
+def _not_finite(run: RunRecord) -> Iterator[str]:
+    """Held-out rows that say nothing: they are not counted, but older runs took them into all their means."""
+    left_out = int(run.after.get("nonfinite_rows", 0))
+    if left_out:
+        are, their = ("is", "its") if left_out == 1 else ("are", "their")
+        yield f"{counted(left_out, 'held-out row')} {are} left out: {their} log-probabilities are not finite."
+    elif run.heldout and (lost := len(run.heldout.after.nonfinite_lines)):
+        has, counts = ("has", "it counts") if lost == 1 else ("have", "they count")
+        yield (
+            f"{counted(lost, 'held-out row')} {has} log-probabilities that are not finite: {counts} as wrong, and "
+            "means over all rows are not finite."
+        )
 
 
 def _past_its_best(run: RunRecord) -> Iterator[str]:
@@ -220,5 +300,8 @@ def _or_infinite(value: float) -> float:
 
 
 def _rows(run: RunRecord) -> int | None:
-    """How many rows are held out. The pairs of one ranked list hang together: they count as one."""
-    return len({row.line for row in run.heldout.after.rows}) if run.heldout else None
+    """How many rows are held out and counted, where that is known."""
+    if run.heldout is None:
+        return None
+    after = run.heldout.after
+    return len({row.line for row in after.finite}) if "nonfinite_rows" in run.after else after.lines
