@@ -17,7 +17,7 @@ from training.utils.pairs import (
 )
 from training.utils.preference_data import PreferenceFile, read_preferences
 from training.utils.rendering import Renderer
-from training.utils.row_outcomes import Rendering, RowOutcome, write_row_outcomes
+from training.utils.row_outcomes import Rendering, RowCounts, RowOutcome, write_row_outcomes
 
 PROMPT_TOKENS = 22  # of `row` below, template included
 
@@ -357,3 +357,9 @@ def test_outcomes_are_written_one_json_object_a_row(tmp_path: Path) -> None:
 def test_nothing_lost_is_an_empty_file(tmp_path: Path) -> None:
     write_row_outcomes(tmp_path / "bad_rows.jsonl", "pairs.jsonl", [])
     assert (tmp_path / "bad_rows.jsonl").read_text() == ""
+
+
+def test_one_row_is_told_as_one() -> None:
+    counts = RowCounts(1, {"dropped": 1}, 0)
+    assert counts.summary("x", "text", "0 pairs") == "x: 1 row of the form text: 0 pairs; 1 dropped"
+    assert str(counts.nothing_left("x", [])).startswith("x: no pair is left of 1 row: 1 dropped")

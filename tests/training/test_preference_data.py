@@ -698,6 +698,8 @@ def test_a_file_that_is_no_json_lines_is_refused(
 def test_a_file_without_a_usable_row_is_refused_even_when_skipping(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of its 2 rows can be used"):
         read_preferences(write(tmp_path, {"id": 1}, {"id": 2}), "skip")
+    with pytest.raises(DataError, match="its only row cannot be used"):
+        read_preferences(write(tmp_path, {"id": 1}), "skip")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

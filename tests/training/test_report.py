@@ -453,11 +453,11 @@ def test_values_of_several_measures_share_no_axis(tmp_path: Path) -> None:
         "Held out, by log odds ratio. orpo: 2 values, median 7.5, 100.0% above 0.",
         "Held out, by sft_loss. sft: 1 value, median 1.",
     ]
-    curves = [told.split(".")[0] for told in page.told if told.startswith("Margin")]
-    assert curves == [
-        "Margin by step",
-        "Margin per token by step",
-        "Margin per token, without a reference by step",
+    one = "training: 1 at step 1, 1 at step 2, lowest 1, highest 1"
+    assert [told for told in page.told if told.startswith("Margin")] == [
+        f"Margin by step. summed, {one}; again, {one}.",
+        f"Margin per token by step. norm, {one}; ipo, {one}.",
+        f"Margin per token, without a reference by step. simpo, {one}.",
     ]
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

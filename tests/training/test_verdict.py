@@ -250,15 +250,16 @@ def test_a_loss_must_have_come_down_without_the_rows_that_are_trained_on(
     assert (UNSEEN in verdict.answer) == (count == 0)
 
 
-def test_margins_must_have_grown_without_the_rows_that_are_trained_on(tmp_path: Path) -> None:
-    """Of a policy that preferred the chosen answers before, and now more of three rows only."""
-    before = margins([1.0] * 40)
-    grown = [9.0] * 3 + [0.0, 0.1, -0.1] * 12 + [0.0]
-    after = margins([1.0 + change for change in grown])
+@pytest.mark.parametrize(("others", "kind"), [(0.0, "unclear"), (1.0, "yes")])
+def test_margins_must_have_grown_without_the_rows_that_are_trained_on(
+    tmp_path: Path, others: float, kind: str
+) -> None:
+    """Of a policy that preferred the chosen answers before, and all of them now: ten much more, or the others too."""
+    grown = [9.0] * 10 + [others + change for change in (0.0, 0.1, -0.1) * 10]
+    rows = margins([1.0] * 40), margins([1.0 + change for change in grown])
     metrics = {"accuracy": 0.9, "tie_rate": 0.0}, {"accuracy": 1.0, "tie_rate": 0.0}
-    everything = margins([2.0 + change for change in grown])
-    assert verdict_of(made_run(tmp_path / "a", metrics, (before, after), leaked(3))).kind == "unclear"
-    assert verdict_of(made_run(tmp_path / "b", metrics, (before, everything), leaked(3))).kind == "yes"
+    assert verdict_of(made_run(tmp_path / "a", metrics, rows, leaked(10))).kind == kind
+    assert verdict_of(made_run(tmp_path / "b", metrics, rows)).kind == "yes"
 
 
 NOT_ONE = "No: not one held-out row has finite log-probabilities."
