@@ -289,6 +289,16 @@ def test_an_older_run_all_of_whose_rows_are_lost_does_not_prefer_the_rejected_an
     assert verdict.answer == NOT_ONE
 
 
+def test_an_older_run_of_sft_one_of_whose_rows_is_lost_has_no_mean(tmp_path: Path) -> None:
+    rows = losses([2.0] * 4), losses([1.0, 1.1, 1.2, math.nan])
+    verdict = verdict_of(
+        made_run(tmp_path, ({"sft_loss": 2.0}, {"sft_loss": None, "perplexity": None}), rows)
+    )
+    assert (verdict.kind, "have spoiled every held-out mean" in verdict.answer) == ("unknown", True)
+    told = "1 held-out row has log-probabilities that are not finite: no mean over all rows is finite."
+    assert told in verdict.warnings
+
+
 @pytest.mark.parametrize("name", ["accuracy", "margin", "delta_logp/rejected", "dpo_loss", "tie_rate"])
 @pytest.mark.parametrize("value", [None, "missing"])
 def test_a_metric_that_is_null_or_missing_is_not_told(tmp_path: Path, name: str, value: object) -> None:
@@ -326,7 +336,7 @@ def test_rows_that_are_not_finite_are_counted_and_not_among_those_of_the_accurac
     assert verdict.facts[0].startswith(f"Accuracy of {40 - lost} held-out rows")
     older = made_run(tmp_path / "older", (TIED[0], {"accuracy": 0.9, "tie_rate": 0.0}), rows)
     verdict = verdict_of(older)
-    assert [w for w in verdict.warnings if "as wrong, and means over all rows are not finite" in w]
+    assert [w for w in verdict.warnings if w.endswith("as wrong.")]
     assert verdict.facts[0].startswith("Accuracy of 40 held-out rows")
 
 

@@ -64,6 +64,8 @@ def verdict_of(run: RunRecord) -> Verdict:
     kind, answer = _answer(known)
     if run.after and _all_lost(known):
         kind, answer = "no", "No: not one held-out row has finite log-probabilities."
+    elif run.after and not known.after:  # of an older run, which left out none of its rows
+        kind, answer = "unknown", "Not known: some rows that are not finite have spoiled every held-out mean."
     return Verdict(kind, answer, list(_facts(known)), list(_warnings(known)))
 
 
@@ -274,9 +276,10 @@ def _not_finite(run: RunRecord) -> Iterator[str]:
         yield f"{counted(left_out, 'held-out row')} {are} left out: {their} log-probabilities are not finite."
     elif run.heldout and (lost := len(run.heldout.after.nonfinite_lines)):
         has, counts = ("has", "it counts") if lost == 1 else ("have", "they count")
+        wrong = f"; {counts} as wrong" if "accuracy" in run.after else ""
         yield (
-            f"{counted(lost, 'held-out row')} {has} log-probabilities that are not finite: {counts} as wrong, and "
-            "means over all rows are not finite."
+            f"{counted(lost, 'held-out row')} {has} log-probabilities that are not finite: no mean over all rows is "
+            f"finite{wrong}."
         )
 
 
