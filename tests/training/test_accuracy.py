@@ -95,9 +95,9 @@ def test_there_is_no_such_metric_where_one_kind_is_missing() -> None:
 
 def test_length_is_that_of_the_scored_tokens() -> None:
     datums = build_dpo_datums([1, 2, 3, 4, 5], [1, 2, 9], 2)
-    assert Traits.of(PreferencePair(*datums, 2, line=1)) == Traits(2, False, None)
+    assert Traits.of(PreferencePair(*datums, 2, line=1)) == Traits(2, False, None, line=1)
     told = PreferencePair(*reversed(datums), 2, line=1, source="forum", truncated=True)
-    assert Traits.of(told) == Traits(-2, True, "forum")
+    assert Traits.of(told) == Traits(-2, True, "forum", line=1)
 
 
 def test_shares_are_of_pairs() -> None:

@@ -339,6 +339,14 @@ def test_the_turns_of_a_prompt_are_not_learned() -> None:
     }
 
 
+@pytest.mark.parametrize("ranked", [{"ranks": [2, 1]}, {}])
+def test_ranks_are_no_scores_of_the_one_side_that_is_taken(ranked: dict[str, Any]) -> None:
+    answers: list[Any] = ["no", "yes"] if ranked else [{"text": "no", "rank": 2}, {"text": "yes", "rank": 1}]
+    row = {"prompt": "Q:", "completions": answers, **ranked}
+    taken = convert(located(row), Target("completion", "chosen"), PREFERENCES)
+    assert taken == {"prompt": "Q:", "completion": "yes"}
+
+
 def test_the_best_of_a_list_is_taken_with_what_is_said_of_it() -> None:
     row = {
         "prompt": "Q:",

@@ -109,7 +109,8 @@ def test_the_pairs_of_one_list_are_one_observation() -> None:
         return HeldoutRows("margin", rows)
 
     found = since_start(list_of(0, 0, 0), list_of(-1, -2, -3))
-    assert found["since_start/chosen_stderr"] == pytest.approx(1.0)  # the deviation itself, over √1
+    assert found["since_start/chosen"] == -2
+    assert math.isnan(found["since_start/chosen_stderr"])  # of one observation nothing is known
 
 
 @pytest.mark.parametrize("name", ["margin", "log_odds_ratio"])
@@ -145,7 +146,15 @@ def test_it_is_said_once_and_says_what_to_try() -> None:
 def test_the_standard_error_is_that_of_a_mean(values: list[float]) -> None:
     n, mean = len(values), sum(values) / len(values)
     expected = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    assert standard_error(np.array(values), n) == pytest.approx(expected, abs=1e-9)
+    assert standard_error(np.array(values)) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.integers(1, 4))
+def test_a_value_that_is_told_several_times_is_no_surer(values: list[float], times: int) -> None:
+    often, rows = np.repeat(values, times), np.repeat(np.arange(len(values)), times)
+    once = standard_error(np.array(values))
+    assert standard_error(often, rows.tolist()) == pytest.approx(once, abs=1e-9)
 
 
 # On training steps, where nothing is held out

@@ -113,14 +113,16 @@ def scored_pairs(deltas: list[float]) -> PairScores:
 
 
 def test_the_pairs_of_a_ranked_list_are_one_observation_for_the_standard_error() -> None:
-    """Each pair of a list of three weighs a third of a row: two rows here are in six pairs."""
     deltas = [1.0, 2.0, 4.0, 3.0, 0.0, 2.0]
-    spread = np.std(deltas, ddof=1)
-    for row_pairs, rows in ((3, 2), (1, 6)):
-        metrics = heldout_metrics(
-            scored_pairs(deltas), [Traits(1, row_pairs=row_pairs)] * 6, DpoObjective(0.1)
-        )
-        assert metrics["delta_logp/chosen_stderr"] == pytest.approx(spread / math.sqrt(rows))
+
+    def stderr(lines: list[int]) -> float:
+        traits = [Traits(1, row_pairs=lines.count(line), line=line) for line in lines]
+        return heldout_metrics(scored_pairs(deltas), traits, DpoObjective(0.1))["delta_logp/chosen_stderr"]
+
+    assert stderr([1, 2, 3, 4, 5, 6]) == pytest.approx(np.std(deltas, ddof=1) / math.sqrt(6))
+    lists = [7 / 3, 5 / 3]  # the means of two lists of the same length
+    assert stderr([1, 1, 1, 2, 2, 2]) == pytest.approx(np.std(lists, ddof=1) / math.sqrt(2))
+    assert math.isnan(stderr([1] * 6))  # one list alone
 
 
 def test_greedy_answers_are_the_same_each_time_and_end_where_the_limit_is(policy: TrainingClient) -> None:

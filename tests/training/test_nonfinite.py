@@ -12,8 +12,9 @@ from runs import config, numbers, outcome, sft_config, write_lists
 from safetensors.torch import load_file, save_file
 
 from firesteel.engine import tiny_llama
-from firesteel.sdk import NonFiniteError
+from firesteel.sdk import NonFiniteError, OperationError
 from training.recipes import dpo_loop, orpo_loop, sft_loop
+from training.utils.client import ReconnectableClient
 from training.utils.heldout_rows import read_heldout
 from training.utils.report import write_report
 
@@ -78,6 +79,26 @@ def test_where_such_a_step_ends_the_run_its_rows_are_named_and_the_step_before_i
     with pytest.raises(NonFiniteError, match="step 2, lines 5, 6, 7, 8 of the training data"):
         sft_loop.main(sft_config(tmp_path, **given))
     assert (tmp_path / "run/checkpoints/step-1").is_dir()
+
+
+def test_a_server_that_cannot_drop_a_gradient_is_asked_only_where_there_is_one_and_then_ends_the_run(
+    tmp_path: Path, poisoned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of an earlier version does not know how to: going on would be with half a step."""
+
+    def unknown(client: ReconnectableClient) -> None:
+        raise OperationError("operation: 'DropGradient' is not one of …")
+
+    monkeypatch.setattr(ReconnectableClient, "drop_gradient", unknown)
+    rows = chats(tmp_path / "poison.jsonl", 8, bad=(3,))
+    settings = {"base_model": poisoned, "dataset": rows, "batch_size": 4, "shuffle": False}
+    settings["on_nonfinite"] = "skip"
+    whole = sft_config(tmp_path / "whole", **settings, trainer={"activation_token_budget": 4000})
+    assert sft_loop.main(whole).skipped_steps == 1
+    parts = sft_config(tmp_path / "parts", **settings, trainer={"activation_token_budget": 60})
+    with pytest.raises(OperationError, match=r"the custom loss is nan.* earlier version") as raised:
+        sft_loop.main(parts)
+    assert type(raised.value) is OperationError
 
 
 # Held-out rows
@@ -147,15 +168,23 @@ def test_a_run_of_whose_held_out_rows_none_is_finite_still_ends(
     write_report([tmp_path / "run"])
 
 
-def test_of_a_ranked_list_the_pairs_of_its_finite_answers_count(tmp_path: Path, poisoned: str) -> None:
+def test_a_ranked_list_of_which_one_answer_is_not_finite_is_left_out_as_a_whole(
+    tmp_path: Path, poisoned: str
+) -> None:
     path = Path(write_lists(tmp_path / "lists.jsonl", 4))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["completions"][0][0]["content"] += "~"
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"base_model": poisoned, "dataset": str(path), "eval_dataset": str(tmp_path / "bad.jsonl")}
-    after = dpo_loop.main(config(tmp_path, loss="plackett_luce", **given)).after
-    assert after["nonfinite_rows"] == 1
-    assert all(map(math.isfinite, after.values()))
+    after = dpo_loop.main(config(tmp_path / "with", loss="plackett_luce", report=True, **given)).after
+    assert after.pop("nonfinite_rows") == 1
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[0], *rows[2:])))
+    given["eval_dataset"] = str(tmp_path / "good.jsonl")
+    without = dpo_loop.main(config(tmp_path / "without", loss="plackett_luce", **given)).after
+    assert after == pytest.approx(without, abs=1e-6, nan_ok=True)
+    page = (tmp_path / "with/run/report.html").read_text()
+    assert "1 held-out row is left out" in page
+    assert "of the 8 pairs of 3 held-out rows" in page
 
 
 def test_a_run_with_such_rows_goes_on_with_the_bits_of_one_without_a_break(

@@ -14,7 +14,14 @@ import torch
 from runs import numbers, outcome
 from runs import sft_config as config
 
-from firesteel.sdk import AdamParams, CheckpointError, ConfigError, Datum, ModelInput, TensorData
+from firesteel.sdk import (
+    AdamParams,
+    CheckpointError,
+    ConfigError,
+    Datum,
+    ModelInput,
+    TensorData,
+)
 from plain import load_plain, plain_logprobs
 from training.recipes import dpo_loop
 from training.recipes.sft_loop import Config, main

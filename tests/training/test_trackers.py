@@ -135,6 +135,31 @@ def test_a_tracker_that_refuses_leaves_an_earlier_run_as_it_was(tmp_path: Path) 
     assert not (tmp_path / "run/wandb").exists()
 
 
+def test_a_tracker_that_refuses_a_run_that_would_go_on_leaves_it_finished(tmp_path: Path) -> None:
+    settings = config(tmp_path, dcp_save_interval=1)
+    main(settings)
+    before = contents(tmp_path / "run")
+    again = config(tmp_path, dcp_save_interval=1, resume="step-1")
+    with pytest.raises(ConfigError, match="no such project"):
+        run_to_its_end(tracked(again, Faulty(refuses=True)))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_refusal_is_told_whatever_becomes_of_the_trackers_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trackers, "TrackioSink", lambda run, *names: FaultySink(None))
+    asked = config(tmp_path, trackio={"project": "p"}, tensorboard={"enabled": True}).trackers
+
+    def refusing(run: TrackedRun) -> Sink:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(trackers, "TensorBoardSink", refusing)
+    with pytest.raises(ConfigError, match=r"^tensorboard: .* PermissionError: not yours"):
+        asked.opened(TrackedRun(tmp_path, {}))
+    assert "closing it: tracker FaultySink failed: TimeoutError" in caplog.text
+
+
 def test_a_tracker_that_refuses_a_first_run_leaves_the_folder_empty(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such project"):
         run_to_its_end(tracked(config(tmp_path), Faulty(refuses=True)))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from made_runs import leaked, lists, losses, made_run, margins
 
+from training.utils.environment import Environment
 from training.utils.heldout_rows import HeldoutRow, HeldoutRows, write_heldout
 from training.utils.run_record import RunRecord, read_run
 from training.utils.verdict import main_loss, verdict_of
@@ -260,6 +261,35 @@ def test_margins_must_have_grown_without_the_rows_that_are_trained_on(
     metrics = {"accuracy": 0.9, "tie_rate": 0.0}, {"accuracy": 1.0, "tie_rate": 0.0}
     assert verdict_of(made_run(tmp_path / "a", metrics, rows, leaked(10))).kind == kind
     assert verdict_of(made_run(tmp_path / "b", metrics, rows)).kind == "yes"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "told"),
+    [
+        (("a", "b"), "yes", "whether they are among the training rows is not recorded"),
+        (("a", "a"), "unclear", "but all of them are among the training rows"),
+    ],
+    ids=["two files", "one file"],
+)
+def test_of_an_older_run_it_is_not_claimed_that_its_held_out_rows_are_not_trained_on(
+    tmp_path: Path, content: tuple[str, str], kind: str, told: str
+) -> None:
+    rows = margins([0.0] * 40), margins([1.0] * 40)
+    metrics = {"accuracy": 0.0, "tie_rate": 1.0}, {"accuracy": 1.0, "tie_rate": 0.0}
+    folder = tmp_path / "run"
+    made_run(folder, metrics, rows, eval_dataset="other.jsonl")
+    data = dict(zip(("dataset content", "eval_dataset content"), content, strict=True))
+    Environment("dpo", 9, "", "", {}, {}, {}, data, None).write(folder / "environment.json")
+    verdict = verdict_of(read_run(folder))
+    assert verdict.kind == kind
+    assert told in verdict.answer
+    assert UNSEEN not in verdict.answer
+
+
+def test_of_one_file_whole_prompts_are_held_out(tmp_path: Path) -> None:
+    rows = margins([0.0] * 40), margins([1.0] * 40)
+    metrics = {"accuracy": 0.0, "tie_rate": 1.0}, {"accuracy": 1.0, "tie_rate": 0.0}
+    assert UNSEEN in verdict_of(made_run(tmp_path, metrics, rows, eval_fraction=0.2)).answer
 
 
 NOT_ONE = "No: not one held-out row has finite log-probabilities."

@@ -104,7 +104,8 @@ def check(
         report.of_level(level) for report in reports for level in (_COUNTED if strict else _COUNTED[:1])
     )
     if not as_json:
-        _print_reports(reports, checked_as, compared=len(files) > 1)
+        compared = sum(report.usable > 0 for report in reports[: len(files)]) > 1
+        _print_reports(reports, checked_as, compared=compared)
     cost = None
     if config is not None and not bad:
         from training.utils.data_estimate import estimate as estimate_run
@@ -118,7 +119,7 @@ def check(
                     "usable": not bad,
                     "model": checked_as.name,
                     "max_seq_len": checked_as.limit.tokens,
-                    "max_seq_len_is": checked_as.limit.says,
+                    "max_seq_len_is": checked_as.limit.says if checked_as.renderer else None,
                     "files": [_plain(asdict(report)) for report in reports],
                     "estimate": cost and asdict(cost),
                 },

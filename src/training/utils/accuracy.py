@@ -30,12 +30,14 @@ class Traits:
     source: str | None = None
     row_pairs: int = 1
     """How many pairs its row makes."""
+    line: int = 0
+    """Of its row."""
 
     @classmethod
     def of(cls, pair: PreferencePair) -> Traits:
         """Those of a pair."""
         longer = _scored(pair.chosen) - _scored(pair.rejected)
-        return cls(longer, pair.truncated, pair.source, pair.ranked.pairs)
+        return cls(longer, pair.truncated, pair.source, pair.ranked.pairs, pair.line)
 
 
 def length_controlled(right: BoolArray, traits: Sequence[Traits]) -> float | None:

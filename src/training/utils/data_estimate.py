@@ -30,6 +30,7 @@ from training.utils.row_sets import RowSet, select_rows
 from training.utils.run import epochs_of, refuse_prompts, split_pairs
 from training.utils.trainers import build_service
 from training.utils.training_settings import TrainingSettings
+from training.utils.words import counted
 
 # Beside its values, of a side in the reference cache; of a step in metrics.jsonl; of a value in a checkpoint's notes.
 _CACHE_ENTRY_BYTES, _METRICS_BYTES, _NOTED_BYTES = 128, 1200, 20
@@ -73,7 +74,7 @@ class Estimate:
     def lines(self) -> Iterator[str]:
         """For people."""
         yield (
-            f"estimate, from {self.steps_timed} timed steps of {self.steps_per_epoch * self.epochs:,}: "
+            f"estimate, from {counted(self.steps_timed, 'timed step')} of {self.steps_per_epoch * self.epochs:,}: "
             f"{_duration(self.seconds_total)} in all"
         )
         yield (

@@ -29,6 +29,7 @@ from training.utils.row_extras import (
     NewRow,
     extras_of_preference,
     extras_of_supervised,
+    says_ranks,
     scores_beside,
     scores_of_list,
     with_extras,
@@ -150,7 +151,7 @@ def convert(row: LocatedRow, target: Target, kind: RowKind[Any]) -> NewRow:
     extras = extras_of_preference(old, form, target.side)  # first: it refuses a list without one best answer
     if not target.side:
         return _preference_row(old, example, target.form, extras)
-    beside = with_extras(scores_of_list(old), extras)
+    beside = with_extras({} if says_ranks(old) else scores_of_list(old), extras)
     return _supervised_row(side_of(example, target.side), target.form, beside)
 
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from training.utils.heldout_rows import HeldoutRow, HeldoutRows
+from training.utils.heldout_rows import HeldoutRows
 from training.utils.intervals import Z_95
 from training.utils.losses import TIE
 
+_Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 LAST_STEPS = 20
 """Steps that are looked at where no pairs are held out."""
 FEWEST_STEPS = 8
@@ -75,7 +76,7 @@ class Reading:
         if len(rows) < FEWEST_STEPS or not np.isfinite(table).all():
             return None
         margin, chosen, rejected = table.mean(axis=0).tolist()
-        return cls(margin, chosen, rejected, standard_error(table[:, 1], len(table)))
+        return cls(margin, chosen, rejected, standard_error(table[:, 1]))
 
     def displaced(self, before: Reading) -> str | None:
         """What to say if the margin has grown since and the chosen side has become less likely, beyond noise.
@@ -97,9 +98,18 @@ def _named_margin(metrics: Mapping[str, float]) -> str:
     return "log_odds_ratio" if "log_odds_ratio" in metrics else "margin"
 
 
-def standard_error(values: np.ndarray[tuple[int], np.dtype[np.float64]], count: float) -> float:
-    """Of the mean of these, of which so many are independent; not a number for fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(count)) if len(values) > 1 else math.nan
+def standard_error(values: _Floats, rows: Sequence[int] | None = None) -> float:
+    """Of the mean of these; not a number for those of fewer than two rows.
+
+    `rows` says of which row each is: those of one hang together, and are one observation (cluster-robust, Liang and
+    Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). Without it each is a row.
+    """
+    row_of = np.arange(len(values)) if rows is None else np.unique(rows, return_inverse=True)[1]
+    apart = np.bincount(row_of, values - values.mean())
+    count = len(apart)
+    if count < 2:
+        return math.nan
+    return math.sqrt(float(np.square(apart).sum()) * count / (count - 1)) / len(values)
 
 
 def since_start(start: HeldoutRows | None, now: HeldoutRows) -> dict[str, float]:
@@ -109,7 +119,7 @@ def since_start(start: HeldoutRows | None, now: HeldoutRows) -> dict[str, float]
     not known of another what it was at the start.
     """
     before = {(row.line, row.pair): row.logps for row in start.rows} if start else {}
-    rows = [row for row in now.rows if row.is_finite]
+    rows = now.finite
     logps = [before.get((row.line, row.pair), {}) for row in rows]
     known = all(_has_both_sides(values) for values in (*logps, *(row.logps for row in rows)))
     if not rows or not known:
@@ -119,17 +129,12 @@ def since_start(start: HeldoutRows | None, now: HeldoutRows) -> dict[str, float]
         for side in ("chosen", "rejected")
     }
     return {f"since_start/{side}": float(change.mean()) for side, change in changes.items()} | {
-        "since_start/chosen_stderr": standard_error(changes["chosen"], _lists(rows))
+        "since_start/chosen_stderr": standard_error(changes["chosen"], [row.line for row in rows])
     }
 
 
 def _has_both_sides(logps: Mapping[str, float]) -> bool:
     return all(math.isfinite(logps.get(side, math.nan)) for side in ("chosen", "rejected"))
-
-
-def _lists(rows: Iterable[HeldoutRow]) -> int:
-    """How many rows these pairs are of: those of one list are no independent observations."""
-    return len({row.line for row in rows})
 
 
 class DisplacementWatch:

@@ -13,7 +13,7 @@ import orjson
 from firesteel.sdk import DataError
 from firesteel.sdk.types import BoolArray
 from firesteel.sealed import replace_file
-from training.utils.accuracy import Traits, accuracy_metrics, rows_of
+from training.utils.accuracy import Traits, accuracy_metrics
 from training.utils.client import ReconnectableClient
 from training.utils.displacement import standard_error
 from training.utils.heldout_rows import HeldoutRows, rows_of_pairs
@@ -71,8 +71,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over held-out pairs, each pair counted once: independent of `batch_size`.
 
-    Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair. Pairs whose
-    numbers are not finite count in `nonfinite_rows` alone.
+    Empty where `abandon`, asked before each batch, says so. `keep` is told what there is of each pair. Rows one of
+    whose pairs has numbers that are not finite count in `nonfinite_rows` alone.
     """
     scores, traits, lines = [], [], []
     for batch in pairs.blocks(batch_size):
@@ -89,7 +89,7 @@ def evaluate(
     keep(rows)
     if not (lost := rows.nonfinite_lines):
         return heldout_metrics(joined, traits, objective)
-    finite = np.array([row.is_finite for row in rows.rows])
+    finite = np.array([row.line not in lost for row in rows.rows])
     left = [pair for pair, kept in zip(traits, finite, strict=True) if kept]
     told = heldout_metrics(joined.only(finite), left, objective) if left else {}
     return {**told, "nonfinite_rows": len(lost)}
@@ -102,7 +102,7 @@ def heldout_metrics(
     metrics = objective.metrics(scores)
     if "delta_logp/chosen" in metrics:  # there is a reference
         delta = scores.chosen.delta.detach().numpy()
-        metrics["delta_logp/chosen_stderr"] = standard_error(delta, rows_of(traits))
+        metrics["delta_logp/chosen_stderr"] = standard_error(delta, [pair.line for pair in traits])
     return metrics | accuracy_metrics(objective.margins(scores), traits)
 
 

@@ -60,6 +60,11 @@ class HeldoutRows:
     rows: Sequence[HeldoutRow]
 
     @property
+    def has_sides(self) -> bool:
+        """Whether these are pairs."""
+        return any(row.logps for row in self.rows)
+
+    @property
     def nonfinite_lines(self) -> list[int]:
         """Of the rows that have a number that is not finite."""
         return sorted({row.line for row in self.rows if not row.is_finite})
@@ -72,7 +77,8 @@ class HeldoutRows:
     @property
     def finite(self) -> Sequence[HeldoutRow]:
         """Those that count in metrics."""
-        return [row for row in self.rows if row.is_finite]
+        lost = set(self.nonfinite_lines)  # a list of which one answer is lost is left out as a whole
+        return [row for row in self.rows if row.line not in lost]
 
     @property
     def lines(self) -> int:

@@ -38,6 +38,7 @@ from training.utils.row_records import (
 )
 from training.utils.row_signs import RenderedTurns, Sign, said, signs_of, signs_of_preference
 from training.utils.tokenizer import Tokens, shared_length
+from training.utils.words import counted
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class PreferenceRows:
         """See `row_check.RowKind`."""
         pairs, ties = int(records["pairs"].sum()), int(records["ties"].sum())
         lists = int((records["pairs"] + records["ties"] > 1).sum())
-        among = f" (of {lists:,} ranked lists; {ties:,} ties dropped)" if lists else ""
+        among = f" (of {counted(lists, 'ranked list')}; {counted(ties, 'tie')} dropped)" if lists else ""
         return f"{pairs:,} pairs{among}"
 
 

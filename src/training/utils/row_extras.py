@@ -74,6 +74,12 @@ def scores_of_list(row: Row) -> dict[str, float]:
     return {CHOSEN_SCORE: score_of(min(ranks)), REJECTED_SCORE: score_of(max(ranks))}
 
 
+def says_ranks(row: Row) -> bool:
+    """Whether a row that lists its answers has ranks in place of scores: as scores they would be invented."""
+    answers = row.get("completions") or ()
+    return row.get("ranks") is not None or any(isinstance(a, dict) and "rank" in a for a in answers)
+
+
 def scores_beside(row: Row) -> dict[str, float]:
     """Of two answers, if the row has scores of both. Raises ExampleError for what is no number."""
     given = {key: row[key] for key in (CHOSEN_SCORE, REJECTED_SCORE) if row.get(key) is not None}

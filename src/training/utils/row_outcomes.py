@@ -52,11 +52,11 @@ class Rendering:
     def too_long(self, lengths: Mapping[str, int]) -> str:
         """Which sequences, by name, have more tokens than allowed, or nothing."""
         over = [
-            f"{name} has {tokens} tokens"
+            f"{name} has {tokens:,} tokens"
             for name, tokens in lengths.items()
             if tokens > (self.max_seq_len or tokens)
         ]
-        return f"{' and '.join(over)}, more than max_seq_len {self.max_seq_len}" if over else ""
+        return f"{' and '.join(over)}, more than max_seq_len {self.max_seq_len:,}" if over else ""
 
 
 @dataclass(frozen=True)

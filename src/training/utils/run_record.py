@@ -144,9 +144,14 @@ class RunRecord:
         return (self.environment.doubts if self.environment else None) or ()
 
     @property
-    def leaked(self) -> int:
-        """How many held-out rows are among the training rows."""
-        return sum(doubt.rows for doubt in self.doubts if doubt.name == LEAKED_ROWS)
+    def leaked(self) -> int | None:
+        """How many held-out rows are among the training rows; None for an older run, which has not noted it."""
+        noted = self.environment and self.environment.doubts is not None
+        if noted or not self.config.get("eval_dataset"):  # of one file whole prompts are held out
+            return sum(doubt.rows for doubt in self.doubts if doubt.name == LEAKED_ROWS)
+        data = self.environment.data if self.environment else {}
+        same_file = data.get("dataset content") == data.get("eval_dataset content") is not None
+        return self.heldout.after.lines if same_file and self.heldout else None
 
     @property
     def recipe(self) -> str:

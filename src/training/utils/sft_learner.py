@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from firesteel.sdk import Datum, ForwardBackwardOutput, NonFiniteError, Verification
+from firesteel.sdk import Datum, ForwardBackwardOutput, NonFiniteError, OperationError, Verification
 from training.utils.client import ReconnectableClient
 from training.utils.heldout_rows import HeldoutRow, HeldoutRows, row_of_nll
 from training.utils.losses import make_nll_loss, summed_nll, weight_of
@@ -17,8 +18,10 @@ from training.utils.row_sets import RowSet
 from training.utils.sft_rows import SFT, LearnedSequence, SftRows
 from training.utils.sources import by_source, count_sources
 
+if TYPE_CHECKING:
+    import torch
+
 EVALUATED_AT_ONCE = 16
-_Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class SftLearner:
         data = self.data(items)
         total = sum(map(weight_of, data))
         loss = make_nll_loss(total)
-        parts = _parts(data, policy.description.activation_token_budget)
+        results = list[ForwardBackwardOutput]()
         try:
-            results = [policy.forward_backward_custom(part, loss, weighted_only=True) for part in parts]
-        except NonFiniteError:
-            policy.drop_gradient()  # of the parts before it: half a step is no step
+            for part in _parts(data, policy.description.activation_token_budget):
+                results.append(policy.forward_backward_custom(part, loss, weighted_only=True))
+        except NonFiniteError as error:
+            if results:
+                _drop_parts(policy, error)
             raise
         metrics = _added(results)
         told = nll_metrics(metrics["sft_loss"]) | {"learned_weight": total, "truncated": cut_share(items)}
@@ -71,47 +76,61 @@ class SftLearner:
 
         Rows whose likelihood is not finite count in `nonfinite_rows` alone.
         """
-        evaluated, told = list[LearnedSequence](), list[HeldoutRow]()
-        sums = list[float]()
+        evaluated, told = list[EvaluatedSequence](), list[HeldoutRow]()
         for items in rows.blocks(EVALUATED_AT_ONCE):
             if abandon():
                 return {}
             data = self.data(items)
             outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
             logprobs = [output["logprobs"].to_torch() for output in outputs]
-            sums += [float(summed_nll([datum], [row])) for datum, row in zip(data, logprobs, strict=True)]
             told += [row_of_nll(i.line, i.datum, row) for i, row in zip(items, logprobs, strict=True)]
-            evaluated += items
+            evaluated += [EvaluatedSequence.of(i, row) for i, row in zip(items, logprobs, strict=True)]
         kept = HeldoutRows(self.loss_name, told)
         keep(kept)
-        nll, weights = np.array(sums), np.array([weight_of(item.datum) for item in evaluated])
-        if not (lost := kept.nonfinite_lines):
-            return heldout_metrics(nll, weights, evaluated)
-        finite = np.isfinite(nll)
-        left = [row for row, right in zip(evaluated, finite, strict=True) if right]
-        told_of = heldout_metrics(nll[finite], weights[finite], left) if left else {}
-        return {**told_of, "nonfinite_rows": len(lost)}
+        finite = [row for row in evaluated if math.isfinite(row.nll)]
+        lost = {"nonfinite_rows": len(evaluated) - len(finite)} if len(finite) < len(evaluated) else {}
+        return (heldout_metrics(finite) if finite else {}) | lost
 
 
-def heldout_metrics(nll: _Floats, weights: _Floats, rows: Sequence[LearnedSequence]) -> dict[str, float]:
-    """Of rows with these sums, over all of them together."""
-    loss = nll_metrics(float(nll.sum() / weights.sum()))
-    return {**loss, "truncated": cut_share(rows), **source_metrics(nll, weights, rows)}
+@dataclass(frozen=True)
+class EvaluatedSequence:
+    """What is kept of a held-out row, which may have many tokens."""
+
+    nll: float
+    """Σ w (-log π)."""
+    weight: float
+    """Σ w."""
+    source: str | None
+    truncated: bool
+
+    @classmethod
+    def of(cls, item: LearnedSequence, logprobs: torch.Tensor) -> EvaluatedSequence:
+        """By the log-probabilities of its targets."""
+        nll = float(summed_nll([item.datum], [logprobs]))
+        return cls(nll, weight_of(item.datum), item.source, item.truncated)
 
 
-def source_metrics(nll: _Floats, weights: _Floats, rows: Sequence[LearnedSequence]) -> dict[str, float]:
+def heldout_metrics(rows: Sequence[EvaluatedSequence]) -> dict[str, float]:
+    """Over all of them together."""
+    return {**nll_metrics(mean_nll(rows)), "truncated": cut_share(rows), **source_metrics(rows)}
+
+
+def mean_nll(rows: Sequence[EvaluatedSequence]) -> float:
+    """Σ w (-log π) / Σ w."""
+    return float(np.sum([row.nll for row in rows]) / np.sum([row.weight for row in rows]))
+
+
+def source_metrics(rows: Sequence[EvaluatedSequence]) -> dict[str, float]:
     """The loss and the count of each source, and how many sources there are; empty where no row names one."""
     sources = [row.source for row in rows]
     metrics = count_sources(sources)
     for name, members in by_source(sources):
-        metrics |= {
-            f"source/{name}/sft_loss": float(nll[members].sum() / weights[members].sum()),
-            f"source/{name}/count": int(members.sum()),
-        }
+        of_source = [row for row, member in zip(rows, members, strict=True) if member]
+        metrics |= {f"source/{name}/sft_loss": mean_nll(of_source), f"source/{name}/count": len(of_source)}
     return metrics
 
 
-def cut_share(rows: Sequence[LearnedSequence]) -> float:
+def cut_share(rows: Sequence[LearnedSequence] | Sequence[EvaluatedSequence]) -> float:
     """The share of rows that lost their end to the limit."""
     return float(np.mean([row.truncated for row in rows]))
 
@@ -132,6 +151,17 @@ def _parts(data: Sequence[Datum], token_budget: int) -> Iterator[list[Datum]]:
         part.append(datum)
         tokens += datum.model_input.length
     yield part
+
+
+def _drop_parts(policy: ReconnectableClient, error: NonFiniteError) -> None:
+    """Half a step is no step. Where a server of an earlier version cannot drop it, the run ends."""
+    try:
+        policy.drop_gradient()
+    except OperationError as refused:
+        raise OperationError(
+            f"{error}; and what the parts of the step before it have added cannot be dropped: {refused}; is the server "
+            "of an earlier version?"
+        ) from error
 
 
 def _added(results: Sequence[ForwardBackwardOutput]) -> dict[str, float]:

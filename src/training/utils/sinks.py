@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +60,7 @@ class MetricsLog:
         self._trackers = list(trackers)
         self._warn = warn
         with ExitStack() as on_failure:
-            on_failure.callback(self._close_trackers)
+            on_failure.callback(close_trackers, self._trackers, warn)
             self._jsonl = JsonlSink(path)
             on_failure.pop_all()
 
@@ -68,9 +68,9 @@ class MetricsLog:
         """Send one record to every sink."""
         self._jsonl.log(step, metrics)
         for tracker in list(self._trackers):
-            if not self._worked(tracker, f"step {step}", lambda sink: sink.log(step, metrics)):
+            if not _worked(tracker, f"step {step}", lambda sink: sink.log(step, metrics), self._warn):
                 self._trackers.remove(tracker)
-                self._worked(tracker, "closing it", lambda sink: sink.close())
+                close_trackers([tracker], self._warn)
 
     def synced(self) -> int:
         """See `JsonlSink.synced`."""
@@ -78,23 +78,26 @@ class MetricsLog:
 
     def close(self) -> None:
         """Finish every sink, whatever becomes of the others."""
-        self._close_trackers()
+        close_trackers(self._trackers, self._warn)
         self._jsonl.close()
 
-    def _close_trackers(self) -> None:
-        for tracker in self._trackers:
-            self._worked(tracker, "closing it", lambda sink: sink.close())
 
-    def _worked(self, tracker: Sink, what: str, action: Callable[[Sink], None]) -> bool:
-        try:
-            action(tracker)
-        except Exception as error:  # noqa: BLE001  # whatever fails in somebody else's program
-            self._warn(
-                f"warning: {what}: tracker {type(tracker).__name__} failed: {type(error).__name__}: {error}; it is "
-                "told nothing more of this run, metrics.jsonl has all numbers"
-            )
-            return False
-        return True
+def close_trackers(trackers: Iterable[Sink], warn: Callable[[str], None]) -> None:
+    """Finish them, whatever becomes of the others."""
+    for tracker in trackers:
+        _worked(tracker, "closing it", lambda sink: sink.close(), warn)
+
+
+def _worked(tracker: Sink, what: str, action: Callable[[Sink], None], warn: Callable[[str], None]) -> bool:
+    try:
+        action(tracker)
+    except Exception as error:  # noqa: BLE001  # whatever fails in somebody else's program
+        warn(
+            f"warning: {what}: tracker {type(tracker).__name__} failed: {type(error).__name__}: {error}; it is told "
+            "nothing more of this run, metrics.jsonl has all numbers"
+        )
+        return False
+    return True
 
 
 def logged(path: Path) -> Iterator[dict[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from firesteel.sdk.errors import ConfigError
 from training.utils.config import TensorBoardConfig, TrackioConfig, WandBConfig
-from training.utils.sinks import Sink
+from training.utils.sinks import Sink, close_trackers
 
 logger = logging.getLogger("firesteel")
 
@@ -58,9 +58,9 @@ class Trackers:
         """One sink for each. Raises `ConfigError` for one that cannot be opened; then none is open."""
         sinks: list[Sink] = []
         with ExitStack() as on_failure:
+            on_failure.callback(close_trackers, sinks, logger.warning)
             for opener in self._openers():
                 sink = opener.opened(run)
-                on_failure.callback(sink.close)
                 sinks.append(sink)
             on_failure.pop_all()
         return sinks

@@ -46,7 +46,7 @@ from training.utils.row_sets import select_rows
 from training.utils.run import Run, data_identity, doubts_of, epochs_of, refuse_prompts, split_pairs
 from training.utils.run_folder import RunFolder
 from training.utils.schedules import Batch
-from training.utils.sinks import MetricsLog, Sink, logged
+from training.utils.sinks import MetricsLog, Sink, close_trackers, logged
 from training.utils.sources import sources_left_out
 from training.utils.stopping import stopping_on_signals
 from training.utils.trackers import TrackedRun
@@ -166,19 +166,22 @@ def summary_of_finished(start: Finished, display: Display, config: TrainingSetti
 def begin(run: Run) -> list[Sink]:
     """Make the folder this run's, and open its trackers; if one refuses, an earlier run is there as before."""
     folder, start, config = run.folder, run.start, run.config
-    if isinstance(start, GoOn):
-        for line in (f"going on from {start.checkpoint}", *start.said, *rewind(folder, start)):
-            run.display.say(line)
-        folder.write_config(config.resolved())
-        return config.trackers.opened(TrackedRun(folder.path, config.resolved(), start.position.step))
-    previous = folder.set_aside()
     with ExitStack() as on_failure:
-        on_failure.callback(folder.put_back, previous)
-        folder.write_config(config.resolved())
-        trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved()))
+        if isinstance(start, GoOn):
+            # First, for what comes after it is not undone; and it moves nothing that trackers write to.
+            trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved(), start.position.step))
+            on_failure.callback(close_trackers, trackers, run.display.say)
+            for line in (f"going on from {start.checkpoint}", *start.said, *rewind(folder, start)):
+                run.display.say(line)
+            folder.write_config(config.resolved())
+        else:
+            previous = folder.set_aside()
+            on_failure.callback(folder.put_back, previous)
+            folder.write_config(config.resolved())
+            trackers = config.trackers.opened(TrackedRun(folder.path, config.resolved()))
+            if previous:
+                run.display.say(f"{config.log_path} held an earlier run: moved to {previous}")
         on_failure.pop_all()
-    if previous:
-        run.display.say(f"{config.log_path} held an earlier run: moved to {previous}")
     return trackers
 
 
@@ -314,8 +317,14 @@ def evaluate_heldout(run: Run, trainers: Trainers, loop: Loop, step: int) -> dic
     if not metrics:
         return {}
     for rows in kept:
-        if step and "delta_logp/chosen" not in metrics:
-            metrics |= since_start(read_heldout(run.folder.path, 0), rows)
+        if step and rows.has_sides and "delta_logp/chosen" not in metrics:
+            changes = since_start(read_heldout(run.folder.path, 0), rows)
+            metrics |= changes
+            if not changes and rows.finite:
+                run.display.say_once(
+                    "held out: what the pairs were before training is not known, so likelihood displacement is not "
+                    "looked for"
+                )
         if lost := rows.nonfinite_lines:
             run.display.say(f"warning: held out after step {step}: {nonfinite_told(lost)}")
         run.folder.refuse_if_taken_over()

@@ -157,8 +157,11 @@ def _by_loss(run: RunRecord) -> tuple[Kind, str]:
 
 def _yes(run: RunRecord, claim: str) -> tuple[Kind, str]:
     """As far as the held-out rows are no training rows; `claim` has a place for what they are."""
-    if not run.leaked:
+    if run.leaked == 0:
         return "yes", f"Yes: {claim.format('rows that it was not trained on')}."
+    if run.leaked is None:
+        told = "whether they are among the training rows is not recorded"
+        return "yes", f"Yes: {claim.format('the held-out rows')}; {told}."
     claim, verb = claim.format("the held-out rows"), "is" if run.leaked == 1 else "are"
     rows = run.heldout.after.lines if run.heldout else None
     if run.heldout and _holds_without(run.leaked, run, run.heldout):
@@ -237,8 +240,9 @@ def _counted_rows(run: RunRecord) -> str:
     rows = _rows(run)
     if rows is None or run.heldout is None:
         return ""
-    pairs = len(run.heldout.after.rows)
-    of = f" of the {counted(pairs, 'pair')}" if pairs != run.heldout.after.lines else ""
+    after = run.heldout.after
+    pairs = len(after.finite if "nonfinite_rows" in run.after else after.rows)
+    of = f" of the {counted(pairs, 'pair')}" if pairs != rows else ""
     return f"{of} of {counted(rows, 'held-out row')}"
 
 

@@ -67,7 +67,7 @@ def test_a_check_drops_what_a_run_on_that_model_drops(
     assert printed.startswith(
         f"longest row: {LONGEST:,} tokens, what tiny-llama takes; --max-seq-len sets another\n"
     )
-    assert "line 2: dropped: chosen has 82" in printed
+    assert "line 2: dropped: chosen has 8,2" in printed
     run = config(tmp_path).model_copy(update={"dataset": path})
     dpo_loop.main(run)
     (summary,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{path}: 4 rows"))
@@ -79,7 +79,7 @@ def test_a_preview_drops_it_too(tmp_path: Path) -> None:
     path = write_with_a_long_row(tmp_path / "pairs.jsonl")
     arguments = ("preview", path, "--model", "tiny-llama", "--rows", 2)
     shown = firesteel(*arguments)
-    assert "pairs.jsonl:2: max_seq_len: dropped: chosen has 82" in shown.stdout
+    assert "pairs.jsonl:2: max_seq_len: dropped: chosen has 8,2" in shown.stdout
     limit = f"longest row: {LONGEST:,} tokens, what tiny-llama takes"
     assert shown.stdout.splitlines()[-1].startswith(limit)
     as_json = firesteel(*arguments, "--json")
