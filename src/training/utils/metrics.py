@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from training.utils.words import counted
+
 
 @dataclass(frozen=True)
 class StepWork:
@@ -61,7 +63,7 @@ class Savings:
         if not reference:
             return told
         hits, computed = reference["reference/cache_hits"], reference["reference/computed"]
-        return f"{told}; reference values of {hits:,.0f} pairs from the cache, of {computed:,.0f} computed"
+        return f"{told}; reference values of {counted(int(hits), 'pair')} from the cache, of {computed:,.0f} computed"
 
 
 def step_line(step: int, total_steps: int, metrics: Mapping[str, float], names: Sequence[str]) -> str:
