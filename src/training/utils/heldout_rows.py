@@ -17,12 +17,10 @@ import orjson
 
 from firesteel.sdk.types import Datum
 from firesteel.sealed import replace_file, storage_errors
-from training.utils.losses import summed_nll, weight_of
+from training.utils.losses import weight_of
 from training.utils.run_folder import HELDOUT
 
 if TYPE_CHECKING:
-    import torch
-
     from training.utils.losses import PairObjective, PairScores
 
 _OF_SIDES = ("_tokens", "_logp")
@@ -106,11 +104,10 @@ def rows_of_pairs(lines: Sequence[int], scores: PairScores, objective: PairObjec
     return HeldoutRows(objective.margin_name, rows)
 
 
-def row_of_nll(line: int, datum: Datum, logprobs: torch.Tensor) -> HeldoutRow:
-    """The mean negative log-likelihood of a sequence's learned tokens, by their weights."""
+def row_of_nll(line: int, datum: Datum, nll: float) -> HeldoutRow:
+    """The mean negative log-likelihood of a sequence's learned tokens, by their weights; `nll` is the sum."""
     learned = int(np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy()))
-    nll = float(summed_nll([datum], [logprobs])) / weight_of(datum)
-    return HeldoutRow(line, nll, {"learned": learned})
+    return HeldoutRow(line, nll / weight_of(datum), {"learned": learned})
 
 
 def write_heldout(run: Path, step: int, evaluated: HeldoutRows) -> None:

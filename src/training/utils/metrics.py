@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from training.utils.data_findings import LINES_SHOWN, lines_told
 from training.utils.words import counted
 
 
@@ -92,16 +93,14 @@ def heldout_line(step: int, metrics: Mapping[str, float], names: Sequence[str]) 
 
 def nonfinite_told(lines: Sequence[int]) -> str:
     """What to say of held-out rows on these lines."""
-    one, more = len(lines) == 1, ", …" if len(lines) > LINES_TOLD else ""
-    some = f"line{'' if one else 's'} {', '.join(map(str, lines[:LINES_TOLD]))}{more}"
-    has, them = ("row has", "it") if one else ("rows have", "them")
+    has, them = ("has", "it") if len(lines) == 1 else ("have", "them")
+    some = lines_told(tuple(lines[:LINES_SHOWN]), len(lines))
     return (
-        f"{len(lines):,} {has} log-probabilities that are not finite and count in no metric ({some}): look at {them}, "
-        "or lower learning_rate"
+        f"{counted(len(lines), 'row')} {has} log-probabilities that are not finite and count in no metric{some}: look "
+        f"at {them}, or lower learning_rate"
     )
 
 
-LINES_TOLD = 5
 _FORMS = {"margin": "+.3f", "log_odds_ratio": "+.3f", "accuracy": ".3f"}
 
 

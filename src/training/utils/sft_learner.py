@@ -83,8 +83,9 @@ class SftLearner:
             data = self.data(items)
             outputs = policy.forward(data, weighted_only=True).loss_fn_outputs
             logprobs = [output["logprobs"].to_torch() for output in outputs]
-            told += [row_of_nll(i.line, i.datum, row) for i, row in zip(items, logprobs, strict=True)]
-            evaluated += [EvaluatedSequence.of(i, row) for i, row in zip(items, logprobs, strict=True)]
+            now = [EvaluatedSequence.of(i, row) for i, row in zip(items, logprobs, strict=True)]
+            told += [row_of_nll(i.line, i.datum, row.nll) for i, row in zip(items, now, strict=True)]
+            evaluated += now
         kept = HeldoutRows(self.loss_name, told)
         keep(kept)
         finite = [row for row in evaluated if math.isfinite(row.nll)]

@@ -247,12 +247,12 @@ def _http(server: Server) -> Any:
 
 
 def quick(server: Server) -> None:
-    """The server answers at once, or on a busy machine soon."""
+    """The server answers at once."""
     start = time.monotonic()
     with _http(server) as http:
         assert http.get("/healthz").status_code == 200
         assert http.get("/v1/accounts", headers={"x-api-key": server.key}).status_code == 200
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 1
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity", "x"])
@@ -328,7 +328,7 @@ def test_a_hundred_thousand_fields_are_one_mistake(model: StockModel, where: str
     with pytest.raises(Refusal, match="at most 64") as caught:
         model.forward([one], **config)
     assert len(caught.value.text) < 2000
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 1
     assert model.forward([datum()])  # the number was used up
 
 
